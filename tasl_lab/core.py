@@ -137,11 +137,10 @@ def pick_device(
 
 
 def _fast_bf16(device) -> bool:
-    "Does this hardware multiply in bf16?"
+    "Does this hardware multiply matrices in bf16?"
     import torch
     if device.type == "cuda": return torch.cuda.is_bf16_supported()
-    asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, a, bool)() for a in asks)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def pick_precision(

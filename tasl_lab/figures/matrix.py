@@ -101,6 +101,9 @@ def _task_text(task, metric):
     return "<br>".join([*(wrap(part, 16) for part in str(task).split(":", 1)), f"({metric_name(metric)})"])
 
 
+def _row_height(arms, least): return max(least, max(18 * (wrap(a, 20).count("<br>") + 1) for a in arms) + 8)
+
+
 def _pictures(n): return f"{int(n):,} labelled pictures"
 
 
@@ -139,8 +142,8 @@ def matrix_heatmap(
     "Arms x tasks for every data set and label budget: colour and text are the difference from `against`; hatched cells are uninformative."
     cells = _cells(cells, against)
     panels, arms = _panels(cells), _unique(cells.arm)
-    columns = 2 if len(panels) > 1 and max(p.task.nunique() for _, _, p in panels) <= 4 else 1
-    heights, spacing, total = stack([46 * len(arms)] * -(-len(panels) // columns), 124)
+    columns = 2 if len(panels) > 1 and max(p.task.nunique() for _, _, p in panels) <= 3 else 1
+    heights, spacing, total = stack([_row_height(arms, 46) * len(arms)] * -(-len(panels) // columns), 124)
     fig = make_subplots(len(heights), columns, row_heights=heights, vertical_spacing=spacing, horizontal_spacing=.03, shared_yaxes=True)
     limit = max(.05, np.nanmax([0, *cells[f"vs_{against}"].abs()]))
     for k, (data, budget, part) in enumerate(panels):
@@ -207,18 +210,19 @@ def forest(
     "Difference from `against` with its 95 % interval and verdict: one row per arm, one panel per data set, task and label budget."
     from tasl_lab.alignment.intervals import MARGINS
     cells, margins = _cells(cells, against), MARGINS | (margins or {})
-    cells = cells[(cells.arm != against) & cells[f"vs_{against}"].notna()]
+    cells = cells[(cells.arm != against) & cells[f"vs_{against}"].notna()].reset_index(drop=True)
     require(len(cells) > 0, f"no cell was compared with {against}: there is nothing to draw")
-    arms, look, (grid, columns) = _unique(cells.arm), looks(_unique(cells.arm)), _forest_grid(cells)
-    heights, spacing, total = stack([30 * len(arms) + 12] * len(grid), 104)
+    arms, look, (grid, columns), one = _unique(cells.arm), looks(_unique(cells.arm)), _forest_grid(cells), cells.data.nunique() == 1
+    heights, spacing, total = stack([_row_height(arms, 30) * len(arms) + 12] * len(grid), 104)
     fig = make_subplots(len(grid), columns, row_heights=heights, vertical_spacing=spacing, horizontal_spacing=.05, shared_yaxes=True,
                         specs=[[{} if k < len(row) else None for k in range(columns)] for row in grid])
     for i, row in enumerate(grid, 1):
         for j, (data, task, budget, part) in enumerate(row, 1):
             _forest_panel(fig, part, arms, look, against, margins.get(part.metric.iloc[0], 0), i, j)
-            panel_title(fig, i, j, f"{data} · {task}", _pictures(budget), 44 if columns == 2 else 100)
-    return apply(fig, f"Difference from {against}, with 95 % intervals", "Dark line: no difference. Shaded band: too small to matter. An "
-                 "interval across the line that leaves the band is undecided, not a tie.", plot_height=total, bottom=64, top=48,
+            panel_title(fig, i, j, task if one else f"{data} · {task}", _pictures(budget), 44 if columns == 2 else 100)
+    title = f"{cells.data[0]}: difference from {against}" if one else f"Difference from {against}"
+    return apply(fig, f"{title}, with 95 % intervals", "Dark line: no difference. Band: too small to matter. Across the line "
+                 "and out of the band: undecided, not a tie.", plot_height=total, bottom=64, top=48,
                  alt=f"Forest plot of differences from {against} with 95 % intervals. {_counts_in_words(cells, against)}")
 
 # %% ../../nbs/08_figures/01_matrix.ipynb #122c205f
@@ -299,9 +303,9 @@ def _comparison(fig, i, r):
     "Draw row `i`: marker, interval, where the expectation lies, and how it came out."
     color, symbol = _OUTCOMES.get(outcome_of(r), (INK, "circle-open"))
     _interval(fig, 1, 1, i, r["diff"], r["low"], r["high"], color, symbol)
-    p = f" (p = {r['p_holm']:.2g})" if np.isfinite(r.get("p_holm", np.nan)) else ""
+    p = f" (corrected p {r['p_holm']:.2g})" if np.isfinite(r.get("p_holm", np.nan)) else ""
     arrow = _WHERE[direction(r["expected"], r["a"], r["b"])]
-    fig.add_annotation(x=1.01, xref="paper", xanchor="left", y=i, text=f"{arrow}<br><b>{wrap(_said(r), 26)}</b>{p}", align="left")
+    fig.add_annotation(x=1.01, xref="paper", xanchor="left", y=i, text=f"{arrow}<br><b>{wrap(_said(r), 30)}</b>{p}", align="left")
     name = f"{r['factor']} on {r['data']}, {r['a']} minus {r['b']}"
     return f"{name}: {number(r['diff'])} [{number(r['low'])}, {number(r['high'])}], {_said(r)}."
 
@@ -318,7 +322,7 @@ def comparisons_plot(
     fig.update_xaxes(title_text="a minus b, in the metric of the factor (R² or accuracy, no unit)", tickformat="+.2f", zeroline=False,
                      range=_span([*table.low, *table.high, -.02, .02], .08, .08))
     return apply(fig, "Comparisons named beforehand", "Intervals are corrected for how many comparisons there are. Circle: as expected; "
-                 "square: the opposite; open diamond: no difference shown.", plot_height=58 * len(table) + 20, bottom=64, right=230, top=16,
+                 "square: the opposite; open diamond: no difference shown.", plot_height=58 * len(table) + 20, bottom=64, right=270, top=16,
                  alt=" ".join(words))
 
 # %% ../../nbs/08_figures/01_matrix.ipynb #5aa42481
@@ -351,7 +355,7 @@ def loss_curves(
     if "data" not in history: history = history.assign(data="")
     panels = [(d, a, p) for d in _unique(history.data) for a, p in history[history.data == d].groupby("arm", sort=False)]
     look, columns, words = looks(_unique(history.arm)), min(3, len(panels)), []
-    heights, spacing, total = stack([200] * -(-len(panels) // columns), 110)
+    heights, spacing, total = stack([200] * -(-len(panels) // columns), 134)
     fig = make_subplots(len(heights), columns, row_heights=heights, vertical_spacing=spacing, horizontal_spacing=.09)
     for k, (d, a, part) in enumerate(panels):
         place = k // columns + 1, k % columns + 1

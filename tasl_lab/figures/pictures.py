@@ -20,7 +20,7 @@ def _kinds(values, most=12):
     "Categories of `values` in order, or `None` when they are numbers to be shown on a scale."
     values = np.asarray(values)
     if values.dtype.kind == "f": return None
-    if values.dtype.kind not in "iu": return list(dict.fromkeys(map(str, values)))
+    if values.dtype.kind not in "iu": return sorted(set(map(str, values)))
     return None if len(np.unique(values)) > most else [str(v) for v in np.unique(values)]
 
 
@@ -72,7 +72,7 @@ def embedding(
     n = len(color)
     for a, m in maps.items(): require(m.shape == (n, 2), f"map {a!r} has shape {m.shape}: it must be ({n}, 2), one row per colour")
     require(symbol is None or len(symbol) == n, lambda: f"{len(symbol)} symbols for {n} colours: give one of each per picture")
-    columns = min(3, len(maps))
+    columns = 2 if len(maps) == 4 else min(3, len(maps))
     heights, spacing, total = stack([270] * -(-len(maps) // columns), 90)
     fig = make_subplots(len(heights), columns, row_heights=heights, vertical_spacing=spacing, horizontal_spacing=.07)
     looks, entries = _map_looks(color, symbol, names)

@@ -81,10 +81,11 @@ def metric_name(metric: str) -> str:
 
 def wrap(
     text: str,       # plain text
-    width: int = 60,  # characters a line
+    width: int = 60,  # characters a line, give or take one
 ) -> str:
-    "Escaped text in lines of at most `width` characters, joined by Plotly's line break."
-    return "<br>".join(safe(line) for line in textwrap.wrap(str(text), width, break_long_words=True)) or ""
+    "Escaped text in lines of about `width` characters, broken at spaces, hyphens and plus signs, joined by Plotly's line break."
+    lines = textwrap.wrap(str(text).replace("+", "+\0 "), width + 1, break_long_words=True)
+    return "<br>".join(safe(line.replace("\0 ", "").replace("\0", "")) for line in lines)
 
 # %% ../../nbs/08_figures/00_style.ipynb #4d59b8a1
 FONT = dict(family="system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif", size=13, color=INK)

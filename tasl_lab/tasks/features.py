@@ -29,7 +29,7 @@ class FeatureBank:
     levels: list            # which levels of the encoder `maps` are
     source: str = ""        # sha256 of the set
     encoder: str = ""       # name of the encoder
-    _row: dict = field(default_factory=dict, repr=False)
+    _row: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self): self._row = {int(i): r for r, i in enumerate(self.ids)}
 

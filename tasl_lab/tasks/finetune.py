@@ -78,14 +78,15 @@ def order_of(
 
 def optimizer(
     encoder,              # to be trained
-    head,                 # to be trained
-    lr: float,            # rate
+    head,                 # to be trained, at ten times the rate
     decay: float = .05,   # weight decay of matrices and kernels; offsets and norms have none
 ):
-    "AdamW (Loshchilov and Hutter 2019) over encoder and head."
-    parameters = [p for m in (encoder, head) for p in m.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=decay), dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
-    return torch.optim.AdamW(groups, lr=lr)
+    "AdamW (Loshchilov and Hutter 2019) over encoder and head; each group holds its `share` of the rate."
+    groups = []
+    for module, share in ((encoder, 1.), (head, 10.)):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups += [dict(params=[p for p in parameters if (p.ndim > 1) == matrix], weight_decay=decay * matrix, share=share) for matrix in (True, False)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=1.)
 
 # %% ../../nbs/06_tasks/07_finetune.ipynb #9c29763f
 def train(
@@ -97,9 +98,9 @@ def train(
     steps: int, batch: int, lr: float, seed: int, augment, levels, device, precision,  # as in `finetune`
 ) -> list:        # loss of every step
     "Train encoder and head on labelled pictures."
-    solver, losses, size = optimizer(encoder, head, lr), [], set.spatial
+    solver, losses, size = optimizer(encoder, head), [], set.spatial
     for step, chosen in enumerate(order_of(ids, steps * batch, seed).reshape(steps, batch)):
-        for group in solver.param_groups: group["lr"] = rate_at(step, steps, lr)
+        for group in solver.param_groups: group["lr"] = group["share"] * rate_at(step, steps, lr)
         x, truth = augmented(set.batch(chosen), augment, seed, step, device)
         with autocast(device, precision): f = keep_levels(encoder(x), levels)
         loss = task.loss(task.outputs(head, f, size), truth, size)
@@ -118,9 +119,9 @@ def finetune(
     set,                      # ImageSet
     budget_ids,               # (n,) labelled pictures
     seed: int = 0,            # of order and crops
-    steps: int = 200,         # of the optimiser; the last one is kept
+    steps: int = 300,         # of the optimiser; the last one is kept
     batch: int = 32,          # pictures per step
-    lr: float = 2e-3,         # highest rate
+    lr: float = 5e-4,         # highest rate of the encoder; the head has ten times as much
     augment=LIGHT,            # ViewSpec, or None
     device: str = "auto",     # see `pick_device`
     precision: str = "auto",  # see `pick_precision`

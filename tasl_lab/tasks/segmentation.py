@@ -120,7 +120,7 @@ class Segmentation(Task):
 
     def annotated(self, set, ids):
         m = set.masks[self.target][ids]
-        return np.asarray(ids)[(m != IGNORE).reshape(len(m), -1).any(1)]
+        return np.asarray(ids)[(m != IGNORE).any(tuple(range(1, m.ndim)))]
 
     def head(self, bank, set): return PyramidHead(self.stats(bank, set), len(self.classes) + 1)
 
