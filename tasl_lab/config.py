@@ -58,5 +58,5 @@ class PretrainConfig(Config):
     def identity(self, data: str) -> str:
         "Name of this run on data of that fingerprint: equal for equal results, whatever the version of the software."
         terms = parse_spec(self.objective, "ViT" if self.encoder.startswith("vit") else "CNN")
-        resolved = self.model_dump() | {"objective": sorted((n, w) for w, n in terms), "lr": self.rate, "schema": sorted((n, CARDS[n].schema) for _, n in terms)}
-        return fingerprint(resolved, data)[:16]
+        known = {"objective": sorted((n, w) for w, n in terms), "lr": self.rate, "schema": sorted((n, CARDS[n].schema) for _, n in terms)}
+        return fingerprint(self.model_dump() | known, data)[:16]

@@ -37,7 +37,8 @@ def spread(
 
 def _check_mode(encoder, x, mask, mode):
     require(mode in encoder.modes, f"mode {mode!r} is not possible with encoder {encoder.name!r}: use one of {', '.join(encoder.modes)}")
-    require((mask is None) == (mode == "whole"), f"mode {mode!r} and mask {None if mask is None else tuple(mask.shape)} do not fit: a mask goes with every mode but 'whole'")
+    given = None if mask is None else tuple(mask.shape)
+    require((mask is None) == (mode == "whole"), f"mode {mode!r} and mask {given} do not fit: a mask goes with every mode but 'whole'")
     if mask is None: return
     fits = len(mask) == len(x) and all(s % g == 0 for s, g in zip(x.shape[2:], mask.shape[1:]))
     require(fits, f"mask {tuple(mask.shape)} does not divide pictures {tuple(x.shape)}: each side must be a multiple of the grid's")

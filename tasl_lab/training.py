@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_ids', 'rate_at', 'State', 'Diverged', 'Run', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'environment',
-           'load_encoder', 'load_objective', 'execute']
+           'load_encoder', 'load_objective', 'default_workers', 'execute']
 
 # %% ../nbs/05_training/01_training.ipynb #c77efd25
 import json
@@ -100,7 +100,8 @@ class Run:
         loss.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), c.clip).item()
         if not math.isfinite(loss.total.item() + norm):
-            raise Diverged(f"{c.objective}: loss {loss.total.item()} and gradient norm {norm} at step {step}: lower the learning rate {c.rate:g} or use precision fp32")
+            raise Diverged(f"{c.objective}: loss {loss.total.item()} and gradient norm {norm} at step {step}: "
+                           f"lower the learning rate {c.rate:g} or use precision fp32")
         for group in self.optimizer.param_groups: group["lr"] = rate
         self.optimizer.step()
         self.objective.after_step(progress)
@@ -236,18 +237,42 @@ def load_objective(
     return run.objective.eval()
 
 # %% ../nbs/05_training/01_training.ipynb #cbe5ba5a
+def default_workers() -> int:
+    "Processes for `execute`: one on a GPU, else one per core, as far as memory allows (2 GB each)."
+    import psutil
+    if pick_device().type != "cpu": return 1
+    return max(1, min(len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count(),
+                      int(psutil.virtual_memory().available // 2e9)))
+
+
+def _do(work, item, folder, done):
+    "One item, in whatever process."
+    work(item, folder)
+    require((folder / done).is_file(), f"{folder}: the work on it ended without {done}")
+    return folder.name
+
+
 def execute(
-    items: dict,        # name -> what `work` takes
-    out,                # parent folder of the results
-    work,               # work(item, folder), leaves `done` in the folder
-    done="run.json",    # file whose presence says that an item is finished
-    progress=None,      # progress(name, finished, total) is called before each item
+    items: dict,      # name -> what `work` takes
+    out,              # parent folder of the results
+    work,             # work(item, folder), leaves `done` in the folder
+    done="run.json",  # file whose presence says that an item is finished
+    progress=None,    # progress(name, finished, total) is called after each item
+    workers: int = 1, # processes; 1 stays in this one
 ) -> dict:
-    "Work off `items` one after the other; returns name -> folder. What is finished is not done again, and a failure leaves it untouched."
+    "Do what is not done yet of `items`; returns name -> folder. A failure ends the call and leaves what is finished untouched."
     folders = {name: Path(out) / name for name in items}
     left = [n for n, f in folders.items() if not (f / done).is_file()]
-    for i, name in enumerate(left):
-        if progress: progress(name, len(items) - len(left) + i, len(items))
-        work(items[name], folders[name])
-        require((folders[name] / done).is_file(), f"{folders[name]}: the work on it ended without {done}")
+    for i, name in enumerate(_each([(work, items[n], folders[n], done) for n in left], workers)):
+        if progress: progress(name, len(items) - len(left) + i + 1, len(items))
     return folders
+
+
+def _each(calls, workers):
+    "Names of finished items, as they finish."
+    if workers == 1 or len(calls) < 2:
+        yield from (_do(*c) for c in calls)
+        return
+    from joblib import Parallel, delayed, parallel_config
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        yield from Parallel(n_jobs=min(workers, len(calls)), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")(delayed(_do)(*c) for c in calls)

@@ -112,8 +112,9 @@ def reconstruction_picture(results: Results, data: ImageSet, n: int = 6):
 # %% ../../nbs/10_batch/02_alignment.ipynb #513fdc7e
 def _facts(data):
     i, test = data.info, data.table[data.table.split == "test"]
-    return {"name": i.name, "group": i.group, "groups": int(test.patient.nunique()), "note": i.note, "modality": i.modality, "pictures": len(data),
-            "for training": len(data.ids("train")), "for testing": len(test), "size": " x ".join(map(str, data.spatial)), "source": i.source, "licence": i.licence}
+    sizes = {"pictures": len(data), "for training": len(data.ids("train")), "for testing": len(test), "size": " x ".join(map(str, data.spatial))}
+    return {"name": i.name, "group": i.group, "groups": int(test.patient.nunique()), "note": i.note, "modality": i.modality,
+            **sizes, "source": i.source, "licence": i.licence}
 
 
 def warnings_of(data: ImageSet) -> "list[str]":

@@ -90,7 +90,7 @@ def _setup(cells, entry):
     part = cells[cells.data == entry["name"]]
     seeds = sorted({int(s) for s in part.get("seeds", pd.Series(dtype=int)).dropna()})
     n, groups = entry.get("groups"), _plural(entry.get("group", ""))
-    count = f"{int(n):,} " if n else ""
+    count = f"{int(n):,} " if n else "the " if not entry.get("group") else ""
     over = f"over {_listed(seeds, 'or')} training seeds and {count}{groups}" if seeds else f"over {count}{groups}"
     note = " They are parts of one template, not a cohort: the intervals say nothing about other people." if "template" in groups else ""
     budgets = _listed([f"{int(b):,}" for b in sorted(part.budget.unique())])

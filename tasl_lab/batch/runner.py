@@ -9,6 +9,7 @@ __all__ = ['read_notebook', 'Parameter', 'read_parameters', 'check_parameters', 
 # %% ../../nbs/10_batch/00_runner.ipynb #a211c6a8
 import ast
 import json
+import logging
 import os
 import re
 import site
@@ -132,6 +133,7 @@ def parse_value(
 # %% ../../nbs/10_batch/00_runner.ipynb #7db7c4da
 def _manager(
     folder,  # temporary folder of this run
+    log,     # open file for what the kernel itself has to say
 ):
     "Kernel manager class for this very Python."
     from jupyter_client.kernelspec import KernelSpec
@@ -142,6 +144,8 @@ def _manager(
             sockets = os.name == "posix" and len(str(folder)) < 80  # the path of a Unix socket may have about 100 characters
             place = {"transport": "ipc", "connection_file": str(Path(folder) / "kernel.json")} if sockets else {}
             super().__init__(**kw, **place)
+
+        def start_kernel(self, **kw): return super().start_kernel(**kw, stdout=log, stderr=log)
 
         @property
         def kernel_spec(self):
@@ -179,15 +183,16 @@ def _failure(e, path, log):
     if name == "InputError": return InputError(said)
     if name == "DeadKernelError": what = "the kernel ended without a word; the usual reason is too little memory"
     elif name == "CellTimeoutError": what = "a cell took longer than it may"
-    else: what = f"cell {e.exec_count} raised {name}: {said[:600]}" if hasattr(e, "exec_count") else f"{name}: {said[:600]}"
+    else: what = f"cell [{e.exec_count}] raised {name}: {said[:600]}" if hasattr(e, "exec_count") else f"{name}: {said[:600]}"
     return NotebookFailed(f"{path.name}: {what}; what ran so far is in {path}", path)
 
 # %% ../../nbs/10_batch/00_runner.ipynb #85a5a56c
 def _execute(source, target, parameters, log, show, cwd, timeout, folder):
-    "papermill with everything settled."
+    "papermill with everything settled; what it would tell the terminal, our exceptions say."
     from papermill import execute_notebook
+    logging.getLogger("papermill").addHandler(logging.NullHandler())
     execute_notebook(str(source), str(target), parameters, kernel_name="python3", language="python", progress_bar=False,
-        stdout_file=_Tee(log, show), stderr_file=_Tee(log), kernel_manager_class=_manager(folder),
+        stdout_file=_Tee(log, show), stderr_file=_Tee(log), kernel_manager_class=_manager(folder, log),
         resources={"metadata": {"path": str(cwd or Path.cwd())}}, execution_timeout=timeout)
 
 
@@ -214,16 +219,21 @@ def run_notebook(
     "Execute `notebook` in `out`; returns the executed copy. Raises `InputError` for what cannot run, `NotebookFailed` for what did not."
     nb, target = _prepare(notebook, parameters, out, schema)
     record, start = {"notebook": str(notebook), "parameters": parameters, "python": sys.executable}, time.time()
+    end = lambda **kw: write_json(target.parent / "notebook.json", record | kw | {"seconds": time.time() - start})
     with tempfile.TemporaryDirectory(prefix="tasl-") as folder, open(target.parent / "log.txt", "a", encoding="utf-8") as log:
         source = Path(folder) / target.name
         nbformat.write(nb, source)
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {target.name} {json.dumps(parameters)}\n")
+        end(outcome="running")
         try: _execute(source, target, parameters, log, show, cwd, timeout, folder)
+        except KeyboardInterrupt:
+            end(outcome="stopped")
+            raise
         except Exception as e:
             failure = _failure(e, target, log)
-            write_json(target.parent / "notebook.json", record | {"outcome": "failed", "error": str(failure), "seconds": time.time() - start})
+            end(outcome="failed", error=str(failure))
             raise failure from e
-    write_json(target.parent / "notebook.json", record | {"outcome": "finished", "seconds": time.time() - start})
+    end(outcome="finished")
     return target
 
 # %% ../../nbs/10_batch/00_runner.ipynb #e8e70a7c

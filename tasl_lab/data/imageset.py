@@ -79,7 +79,8 @@ def _check_mask(name, m, images, classes):
     require(name in classes, f"masks[{name!r}] has no class names: give them in Info.classes[{name!r}]")
     k = len(classes[name])
     bad = (((m < 0) | (m >= k)) & (m != IGNORE)).reshape(len(m), -1).any(1)
-    require(not bad.any(), lambda: f"masks[{name!r}][{_first(bad)}] holds the value {m[_first(bad)].max()}: allowed are 0 to {k - 1}, and {IGNORE} for not annotated")
+    require(not bad.any(), lambda: f"masks[{name!r}][{_first(bad)}] holds the value {m[_first(bad)].max()}: "
+            f"allowed are 0 to {k - 1}, and {IGNORE} for not annotated")
     return m.astype(np.uint8)
 
 
@@ -186,7 +187,8 @@ class ImageSet:
         shape = self.spatial or "ragged"
         truth = [*self.labels, *self.masks, *(["boxes"] if self.boxes else []), *self.targets]
         counts = ", ".join(f"{(self.table.split == s).sum()} {s}" for s in SPLITS)
-        return f"ImageSet {self.info.name!r}: {len(self)} pictures {self.channels} x {shape}, {counts}; {self.table.patient.nunique()} groups; truth: {', '.join(truth) or 'none'}"
+        groups = self.table.patient.nunique()
+        return f"ImageSet {self.info.name!r}: {len(self)} pictures {self.channels} x {shape}, {counts}; {groups} groups; truth: {', '.join(truth) or 'none'}"
 
 # %% ../../nbs/01_data/00_imageset.ipynb #beb14b87
 def _take(values, ids): return None if values is None else [values[i] for i in ids]

@@ -72,8 +72,10 @@ class Objective(nn.Module):
     def _views(self, batch, step):
         device = next(self.encoder.parameters()).device
         images = self.memo.view("source", lambda: to_float(batch.images.to(device)))
-        one = lambda k, spec: make_views(images, [spec], (self.plan.seed, k), step, batch.ids, self.plan.rank, self.plan.world)[0]
-        return [self.memo.view((k, spec), lambda: one(k, spec)) for k, spec in enumerate(self.recipes())]
+        plan = self.plan
+        def view(k, spec):
+            return self.memo.view((k, spec), lambda: make_views(images, [spec], (plan.seed, k), step, batch.ids, plan.rank, plan.world)[0])
+        return [view(k, spec) for k, spec in enumerate(self.recipes())]
 
     def encode(self, view: View, mode: str = "whole") -> Features:
         "Features of a view; passes are shared within a step."

@@ -38,7 +38,8 @@ class Masked(Objective):
         super().__init__(encoder, info, plan)
         require(0 < ratio < 1, f"mask ratio is {ratio}: it must lie between 0 and 1")
         bad = [n for n in plan.size if n % unit or n < 2 * unit]
-        require(not bad, f"pictures of {tuple(plan.size)} pixels cannot be masked in cells of {unit}: each side must be a multiple of {unit} and at least {2 * unit}")
+        require(not bad, f"pictures of {tuple(plan.size)} pixels cannot be masked in cells of {unit}: "
+                f"each side must be a multiple of {unit} and at least {2 * unit}")
         self.ratio, self.unit, self.normalize = ratio, unit, normalize
 
     def recipes(self): return [MILD.get(self.info.modality, ViewSpec(scale=(.6, 1.), flip=(0., .5)))]
@@ -85,7 +86,8 @@ class SparK(Masked):
     "Masked modelling for convolutional encoders (arXiv:2301.03580)."
     def __init__(self, encoder, info, plan, ratio=.6, unit=8, normalize=False):
         require(family(encoder) == "CNN", f"spark empties cells after convolutions, which encoder {encoder.name!r} has none of: use a CNN, or mae on a ViT")
-        require(unit % encoder.strides[0] == 0, f"mask cells of {unit} pixels do not fit the finest stride {encoder.strides[0]} of encoder {encoder.name!r}: use a multiple")
+        finest = encoder.strides[0]
+        require(unit % finest == 0, f"mask cells of {unit} pixels do not fit the finest stride {finest} of encoder {encoder.name!r}: use a multiple")
         super().__init__(encoder, info, plan, ratio, unit, normalize)
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[encoder.dims]
         widths = [max(16, c // 2) for c in encoder.channels]

@@ -15,7 +15,6 @@ from fastcore.basics import patch
 from ..core import require, rng
 from .heads import PyramidHead, fit_logistic, fit_ridge, sample_level
 from .registry import Task
-from .scores import Scores, nanmean
 
 # %% ../../nbs/06_tasks/06_detection.ipynb #05cf6bf5
 STRIDE = 4  # pixels between places
@@ -36,7 +35,7 @@ def places(
     axes = [(torch.arange(g) + .5) * (s / g) for g, s in zip(grid, size)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(grid))
 
-
+# %% ../../nbs/06_tasks/06_detection.ipynb #d4fd45b2
 def pad_boxes(
     boxes,      # per picture (k, 2d+1)
     dims: int,  # d
@@ -48,7 +47,7 @@ def pad_boxes(
     for i, b in enumerate(boxes): out[i, :len(b)] = torch.from_numpy(np.asarray(b))
     return out
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #d4fd45b2
+# %% ../../nbs/06_tasks/06_detection.ipynb #8f617a06
 def assign(
     boxes,         # (B, T, 2d+1) from `pad_boxes`
     where,         # (P, d) from `places`
@@ -67,9 +66,10 @@ def assign(
     inside = torch.einsum("btp,btk->bpk", ((share < 1) & real).float(), hot.float()) > 0
     mine = share.where(middle, torch.inf).argmin(1)                                        # (B, P) the box of each place
     pick = lambda t: t.gather(1, mine.unsqueeze(-1).expand(-1, -1, d))
-    return positive, ~(inside | positive), torch.cat([(pick((start + stop) / 2) - where) / STRIDE, ((pick(stop) - pick(start)) / STRIDE).log()], -1)
+    center, extent = (pick((start + stop) / 2) - where) / STRIDE, (pick(stop) - pick(start)) / STRIDE
+    return positive, ~(inside | positive), torch.cat([center, extent.log()], -1)
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #e267bd3f
+# %% ../../nbs/06_tasks/06_detection.ipynb #33c5d38f
 def iou(
     a,  # (..., M, 2d) starts, stops
     b,  # (..., T, 2d)
@@ -81,7 +81,7 @@ def iou(
     common = (torch.minimum(a[..., d:], b[..., d:]) - torch.maximum(a[..., :d], b[..., :d])).clamp(min=0).prod(-1)
     return common / (volume(a) + volume(b) - common).clamp(min=1e-9)
 
-
+# %% ../../nbs/06_tasks/06_detection.ipynb #142727af
 def suppress(
     box,        # (B, M, 2d), sorted from the highest score down
     cls,        # (B, M)
@@ -94,7 +94,7 @@ def suppress(
     for r in range(box.shape[1] - 1): stay[:, r + 1:] &= ~(double[:, r, r + 1:] & stay[:, r:r + 1])
     return stay
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #7d74914f
+# %% ../../nbs/06_tasks/06_detection.ipynb #b6d3ddb9
 MOST = 100  # detections per picture
 
 
@@ -108,7 +108,7 @@ def peaks(
     cells = score[0, 0].numel()
     return value, at // cells, at % cells
 
-
+# %% ../../nbs/06_tasks/06_detection.ipynb #c017895b
 def boxes_from(
     shape,  # (B, M, 2d) offset and log size in strides
     where,  # (B, M, d) places in pixels
@@ -119,7 +119,7 @@ def boxes_from(
     center, half = where + shape[..., :d] * STRIDE, shape[..., d:].clamp(-3, 5).exp() * STRIDE / 2
     return torch.cat([(center - half).clamp(min=0).minimum(edge), (center + half).clamp(min=0).minimum(edge)], -1)
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #b6d3ddb9
+# %% ../../nbs/06_tasks/06_detection.ipynb #4bbdeedd
 OVERLAPS = (.1, .3, .5)
 
 
@@ -140,7 +140,7 @@ def match(
         free = free & ~(F.one_hot(t, free.shape[1]).bool() & hit[:, r:r + 1])
     return hit
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #5ee27872
+# %% ../../nbs/06_tasks/06_detection.ipynb #72247440
 NEGATIVES = 20_000        # places sampled outside of boxes
 PENALTIES = (.1, .01, .001)
 RIDGE = .1
@@ -172,20 +172,22 @@ class Detection(Task):
         c = self.truth(set, ids)[..., -1]
         return np.bincount(c[c >= 0].long().numpy(), minlength=len(self.classes))
 
-    def fit(self, head, bank, set, train, val, seed):
-        x, positive, weight, shape = self.sample(head, bank, set, train, rng("detection", seed))
-        some, found, w = positive.any(1), [], None
-        box = fit_ridge(x[some].double(), shape[some].double(), RIDGE).float()
-        for l2 in PENALTIES:
-            w = fit_logistic(x, positive, len(self.classes), l2, w, weight)
-            both = torch.cat([w, box], 1)
-            head.set(both[:-1], both[-1])
-            found.append((self.quality(head, bank, set, val) if len(val) else -abs(np.log(l2 / PENALTIES[1])), l2, both))
-        best, l2, both = max(found, key=lambda f: f[0])
+# %% ../../nbs/06_tasks/06_detection.ipynb #9a0a2de9
+@patch
+def fit(self:Detection, head, bank, set, train, val, seed):
+    x, positive, weight, shape = self.sample(head, bank, set, train, rng("detection", seed))
+    some, found, w = positive.any(1), [], None
+    box = fit_ridge(x[some].double(), shape[some].double(), RIDGE).float()
+    for l2 in PENALTIES:
+        w = fit_logistic(x, positive, len(self.classes), l2, w, weight)
+        both = torch.cat([w, box], 1)
         head.set(both[:-1], both[-1])
-        return dict(l2=l2)
+        found.append((self.quality(head, bank, set, val) if len(val) else -abs(np.log(l2 / PENALTIES[1])), l2, both))
+    best, l2, both = max(found, key=lambda f: f[0])
+    head.set(both[:-1], both[-1])
+    return dict(l2=l2)
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #20779e7e
+# %% ../../nbs/06_tasks/06_detection.ipynb #8c2d20e9
 @patch
 def sample(self:Detection, head, bank, set, ids, g):
     "Features (S, C) of all positive and of some negative places, with truth (S, K), weight (S, K) and box (S, 2d)."
@@ -200,20 +202,20 @@ def sample(self:Detection, head, bank, set, ids, g):
     x = np.concatenate([sample_level(m, rows, place, bank.spatial) for m in bank.maps], 1)
     return head.standard(torch.from_numpy(x)), positive[at], (positive | outside)[at].float(), shape[at]
 
-
+# %% ../../nbs/06_tasks/06_detection.ipynb #e3e145df
 @patch
 def quality(self:Detection, head, bank, set, ids) -> float:
     "Average precision on some pictures."
     value = self.evaluate(self.predict(head, bank.stream(ids), bank.spatial), set, ids).value()
     return float(np.nan_to_num(value))
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #72247440
+# %% ../../nbs/06_tasks/06_detection.ipynb #45575d37
 @patch
 def outputs(self:Detection, head, f, size):
     "Scores and boxes on the grid of places: (B, K + 2d, *grid)."
     return head(f, grid_of(size))
 
-
+# %% ../../nbs/06_tasks/06_detection.ipynb #c18ab33c
 @patch
 def decode(self:Detection, outputs, size):
     "Boxes (B, M, 2d), score (B, M) from 0 to 1, class (B, M), best first; score -inf marks the end of a picture's list."
@@ -229,17 +231,18 @@ def decode(self:Detection, outputs, size):
     return dict(box=F.pad(box.gather(1, order.unsqueeze(-1).expand_as(box)), (0, 0, 0, MOST - box.shape[1])).numpy(),
                 score=F.pad(score, (0, MOST - score.shape[1]), value=-torch.inf).numpy(), cls=pick(cls.gather(1, order)).numpy())
 
-
+# %% ../../nbs/06_tasks/06_detection.ipynb #4c087e19
 @patch
 def score(self:Detection, predictions, set, ids):
     "Flat lists of detections (score, picture, cls, matched at each overlap, box) and the number of boxes per picture and class."
     box, score, cls = (torch.from_numpy(predictions[k]) for k in ("box", "score", "cls"))
     truth, valid = self.truth(set, ids), score > -torch.inf
-    raw = {name: match(box, cls, valid, truth, o)[valid].numpy().astype(np.uint8) for name, o in zip(("matched", "matched30", "matched50"), OVERLAPS)}
+    hits = [match(box, cls, valid, truth, o)[valid].numpy().astype(np.uint8) for o in OVERLAPS]
     number = F.one_hot(truth[..., -1].long() + 1, len(self.classes) + 1)[..., 1:].sum(1)
-    return raw | dict(score=score[valid].numpy(), picture=valid.nonzero()[:, 0].numpy(), cls=cls[valid].numpy(), box=box[valid].numpy(), n_truth=number.numpy())
+    flat = dict(score=score[valid].numpy(), picture=valid.nonzero()[:, 0].numpy(), cls=cls[valid].numpy(), box=box[valid].numpy())
+    return flat | dict(zip(("matched", "matched30", "matched50"), hits)) | dict(n_truth=number.numpy())
 
-# %% ../../nbs/06_tasks/06_detection.ipynb #8c2d20e9
+# %% ../../nbs/06_tasks/06_detection.ipynb #58532931
 @patch
 def loss(self:Detection, outputs, batch, size):
     "Focal loss on the scores (as in arXiv:1904.07850, with 0/1 truth) plus smooth L1 on the boxes, both per positive place."

@@ -40,7 +40,8 @@ class FeatureBank:
 
     def __repr__(self) -> str:
         maps = ", ".join("x".join(map(str, m.shape[1:])) for m in self.maps)
-        return f"FeatureBank of {len(self)} pictures by {self.encoder}: pooled {self.pooled.shape[1]}; maps {maps}; {self.nbytes / 1e6:.1f} MB"
+        size = f"{self.nbytes / 1e6:.1f} MB"
+        return f"FeatureBank of {len(self)} pictures by {self.encoder}: pooled {self.pooled.shape[1]}; maps {maps}; {size}"
 
 # %% ../../nbs/06_tasks/00_features.ipynb #636a0ec3
 @patch
@@ -49,7 +50,8 @@ def rows(self:FeatureBank,
 ) -> np.ndarray:        # (B,) rows of the bank
     "Where the pictures `ids` are in the bank; raises `InputError` for a picture that is not."
     missing = [int(i) for i in ids if int(i) not in self._row]
-    require(not missing, lambda: f"picture {missing[0]} (of {len(missing)} like it) is not in the feature bank: extract with ids that include it")
+    require(not missing,
+            lambda: f"picture {missing[0]} ({len(missing)} in all) is not in the feature bank: extract with ids that include it")
     return np.array([self._row[int(i)] for i in ids], dtype=np.int64)
 
 
@@ -110,16 +112,18 @@ def keep_levels(
     levels: list,  # which to keep
 ) -> Features:
     "Features with some levels only."
-    require(all(0 <= i < len(f.maps) for i in levels), f"levels {levels} are not all there: the encoder has {len(f.maps)}, numbered from 0 (finest)")
+    there = all(0 <= i < len(f.maps) for i in levels)
+    require(there, f"levels {levels} are not all there: the encoder has {len(f.maps)}, numbered from 0 (finest)")
     return replace(f, maps=[f.maps[i] for i in levels])
 
 # %% ../../nbs/06_tasks/00_features.ipynb #c8dd1bb0
 def _host(f: Features, encoder) -> tuple:
     "Pooled float32 and maps float16 as arrays."
-    require(bool(f.pooled.isfinite().all()), lambda: f"encoder {getattr(encoder, 'name', '')!r} gives nan or infinity: its training diverged, use an earlier checkpoint")
+    name = getattr(encoder, "name", type(encoder).__name__)
+    require(bool(f.pooled.isfinite().all()), f"encoder {name!r} gives nan or infinity: its training diverged, use an earlier checkpoint")
     return f.pooled.float().cpu().numpy(), [m.float().clamp(-65504, 65504).half().cpu().numpy() for m in f.maps]
 
-
+# %% ../../nbs/06_tasks/00_features.ipynb #c02eb1b7
 def extract(
     encoder,                   # `Features` contract
     set,                       # ImageSet

@@ -110,7 +110,7 @@ def _logistic(out, hot, one):
         return -(log_p * hot), log_p.exp() - hot
     return F.softplus(out) - out * hot, torch.sigmoid(out) - hot
 
-
+# %% ../../nbs/06_tasks/02_heads.ipynb #ea836fda
 def fit_logistic(
     x,               # (S, C) standardised features
     y,               # (S,) int64 classes, or (S, K) 0/1
@@ -128,7 +128,8 @@ def fit_logistic(
     x = x.T.contiguous()                                                     # (C, S): thin products are several times faster this way
     root = torch.linalg.cholesky(x @ x.T / (4 * n) + l2 * torch.eye(len(x), dtype=x.dtype)).T
     v = torch.zeros(len(x) + 1, outputs, dtype=x.dtype) if start is None else torch.cat([root @ start[:-1], start[-1:]])
-    solver = torch.optim.LBFGS([v], max_iter=steps, history_size=10, tolerance_grad=1e-7, tolerance_change=tolerance, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([v], max_iter=steps, history_size=10, tolerance_grad=1e-7, tolerance_change=tolerance,
+                               line_search_fn="strong_wolfe")
     plain = lambda v: torch.linalg.solve_triangular(root, v[:-1], upper=True)
 
     def closure():
@@ -138,11 +139,10 @@ def fit_logistic(
         into = torch.linalg.solve_triangular(root.T, (grad @ x.T).T + l2 * w, upper=False)
         v.grad = torch.cat([into, grad.sum(1)[None]])
         return (loss * scale).sum() + l2 / 2 * w.square().sum()
-
     solver.step(closure)
     return torch.cat([plain(v), v[-1:]])
 
-# %% ../../nbs/06_tasks/02_heads.ipynb #8483dcd7
+# %% ../../nbs/06_tasks/02_heads.ipynb #356c1f37
 def fit_ridge(
     x,           # (S, C) standardised features
     y,           # (S, K) numbers

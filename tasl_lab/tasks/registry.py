@@ -18,9 +18,6 @@ from .heads import channel_stats
 from .scores import METRICS, Scores
 
 # %% ../../nbs/06_tasks/03_registry.ipynb #32fc9545
-STATISTICS = 512  # unlabelled training pictures, at most, from which feature statistics are taken
-
-
 class Task:
     "What all tasks share; a kind of task is a subclass, a task is an instance for one target of one set."
     kind = ""
@@ -42,7 +39,8 @@ class Task:
     def require_classes(self, set, ids):
         "Refuse labelled pictures in which a class is never seen."
         seen = self.seen(set, ids)
-        require(bool((seen > 0).all()), lambda: f"class {self.classes[int(np.argmin(seen))]!r} of {self.name} is never seen in the label budget ({len(ids)} annotated pictures): choose a larger budget")
+        require(bool((seen > 0).all()), lambda: f"class {self.classes[int(np.argmin(seen))]!r} of {self.name} is never seen "
+                                                f"in the label budget ({len(ids)} annotated pictures): choose a larger budget")
 
     def outputs(self, head, f, size):
         "What the head says about features `f` of pictures of `size` pixels."
@@ -52,13 +50,18 @@ class Task:
         "Raw predictions of a second method on the same features, if the task has one."
         return {}
 
-    def stats(self, bank, set, pooled=False):
-        "Feature statistics of evenly spaced training pictures, without labels."
-        ids = np.array([i for i in set.ids("train") if int(i) in bank._row] or bank.ids)
-        rows = bank.rows(ids[::-(-len(ids) // STATISTICS)])
-        return channel_stats([bank.pooled[rows]] if pooled else [m[rows] for m in bank.maps])
-
 # %% ../../nbs/06_tasks/03_registry.ipynb #9d79f40d
+STATISTICS = 512  # pictures, at most, from which feature statistics are taken
+
+
+@patch
+def stats(self:Task, bank, set, pooled=False):
+    "Feature statistics of evenly spaced training pictures, without labels."
+    ids = np.array([i for i in set.ids("train") if int(i) in bank._row] or bank.ids)
+    rows = bank.rows(ids[::-(-len(ids) // STATISTICS)])
+    return channel_stats([bank.pooled[rows]] if pooled else [m[rows] for m in bank.maps])
+
+# %% ../../nbs/06_tasks/03_registry.ipynb #55f71fb4
 @patch
 def labelled(self:Task,
     set,         # ImageSet
@@ -66,12 +69,14 @@ def labelled(self:Task,
 ) -> np.ndarray:
     "The annotated pictures of a budget, in order."
     ids = np.asarray(budget_ids)
-    require(ids.ndim == 1 and len(ids) > 0 and ids.dtype.kind in "iu", f"label budget has shape {ids.shape}, type {ids.dtype}: expected picture indices, as `set.budget(k)` gives")
-    require(ids.min() >= 0 and ids.max() < len(set), f"label budget names picture {ids.max() if ids.max() >= len(set) else ids.min()}: the set has pictures 0 to {len(set) - 1}")
-    taken = set.table.split.to_numpy()[ids]
-    require(not (taken == "test").any(), lambda: f"label budget holds test picture {ids[taken == 'test'][0]}: draw it from the train split, as `set.budget(k)` does")
+    listed = ids.ndim == 1 and len(ids) > 0 and ids.dtype.kind in "iu"
+    require(listed, f"label budget has shape {ids.shape}, type {ids.dtype}: expected picture indices, as `set.budget(k)` gives")
+    outside = ids[(ids < 0) | (ids >= len(set))]
+    require(len(outside) == 0, lambda: f"label budget names picture {outside[0]}: the set has pictures 0 to {len(set) - 1}")
+    test = ids[set.table.split.to_numpy()[ids] == "test"]
+    require(len(test) == 0, lambda: f"label budget holds test picture {test[0]}: draw it from the train split, as `set.budget(k)` does")
     found = self.annotated(set, ids)
-    require(len(found) > 0, f"none of the {len(ids)} pictures of the label budget is annotated for {self.name}: choose others or a larger budget")
+    require(len(found) > 0, f"none of the {len(ids)} pictures of the label budget is annotated for {self.name}: choose others")
     return found
 
 
@@ -84,7 +89,7 @@ def tested(self:Task,
     require(len(ids) > 0, f"no test picture of set {set.info.name!r} is annotated for {self.name}: mark some patients as split 'test'")
     return ids
 
-# %% ../../nbs/06_tasks/03_registry.ipynb #55f71fb4
+# %% ../../nbs/06_tasks/03_registry.ipynb #4d4a723d
 @patch
 @torch.no_grad()
 def predict(self:Task,
@@ -96,7 +101,7 @@ def predict(self:Task,
     parts = [self.decode(self.outputs(head, f, size), size) for _, f in chunks]
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
-
+# %% ../../nbs/06_tasks/03_registry.ipynb #44cd4be9
 @patch
 def evaluate(self:Task,
     predictions,    # from `predict`
@@ -109,7 +114,7 @@ def evaluate(self:Task,
     raw = self.score(predictions, set, ids) | (beside or {})
     return Scores(self.name, self.metric, set.table.patient.to_numpy(str)[ids], np.asarray(ids), raw, self.classes, info or {})
 
-
+# %% ../../nbs/06_tasks/03_registry.ipynb #3e0d5e48
 @patch
 def fitted(self:Task,
     bank: FeatureBank,    # holds the budget and the validation pictures
@@ -125,7 +130,7 @@ def fitted(self:Task,
     head.chosen = self.fit(head, bank, set, train, self.annotated(set, set.ids("val")), seed)
     return head.eval()
 
-
+# %% ../../nbs/06_tasks/03_registry.ipynb #fd9791a1
 @patch
 def probe(self:Task,
     bank: FeatureBank,    # holds the budget, validation and test pictures
@@ -140,7 +145,7 @@ def probe(self:Task,
     beside = self.beside(bank, set, self.labelled(set, budget_ids), test)
     return self.evaluate(self.predict(head, bank.stream(test), bank.spatial), set, test, info, beside)
 
-# %% ../../nbs/06_tasks/03_registry.ipynb #6144f1a2
+# %% ../../nbs/06_tasks/03_registry.ipynb #45c000cc
 @patch
 def finetune(self:Task,
     encoder,          # starting point, not changed
@@ -153,7 +158,7 @@ def finetune(self:Task,
     from tasl_lab.tasks.finetune import finetune
     return finetune(self, encoder, set, budget_ids, seed, **options)
 
-# %% ../../nbs/06_tasks/03_registry.ipynb #44cd4be9
+# %% ../../nbs/06_tasks/03_registry.ipynb #de8142c8
 KINDS = {
     "classification": "tasl_lab.tasks.classification:Classification",
     "segmentation": "tasl_lab.tasks.segmentation:Segmentation",
@@ -166,9 +171,10 @@ def make_task(
     set,         # ImageSet that has the target
 ) -> Task:
     "The task `spec` of `set`; raises `InputError` for an unknown kind or a target that the set does not have."
-    kind, colon, target = str(spec).partition(":")
-    require(bool(colon and target), f"task {spec!r} is not of the form kind:target: write for instance classification:NAME, with a kind out of {', '.join(KINDS)}")
-    require(kind in KINDS, f"task {spec!r} has the unknown kind {kind!r}: use one of {', '.join(KINDS)}")
+    kind, _, target = str(spec).partition(":")
+    known = ", ".join(KINDS)
+    require(bool(kind and target), f"task {spec!r} is not of the form kind:target: write for instance classification:NAME ({known})")
+    require(kind in KINDS, f"task {spec!r} has the unknown kind {kind!r}: use one of {known}")
     module, name = KINDS[kind].split(":")
     return getattr(import_module(module), name).of(set, target)
 

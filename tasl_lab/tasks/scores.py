@@ -66,7 +66,7 @@ def auroc_per_class(raw, weight, key="prob"):  # (R, K)
 
 
 def recall_per_class(raw, weight, key="prob"):  # (R, K)
-    "Share of each class that is found, whose mean is balanced accuracy; for several labels at once, that of the label and of its absence, averaged."
+    "Share of each class that is found, whose mean is balanced accuracy; with several labels, of the label and of its absence, averaged."
     p, y = raw[key], raw["y"]
     truth = _one_hot(y, p.shape[1])
     said = p.argmax(1)[:, None] == np.arange(p.shape[1]) if y.ndim == 1 else p > .5
@@ -82,7 +82,7 @@ def mean_per_class(raw, weight, key="dice"):  # (R, K)
 
 # %% ../../nbs/06_tasks/01_scores.ipynb #071ba86c
 def _walk(raw, c, weight, key):
-    "Weighted true and false positives at each distinct score of class `c`, from the highest down: two of (R, S); and the weight of all lesions (R,)."
+    "Weighted true and false positives of class `c` down the S distinct scores, two of (R, S), and the weight of all lesions (R,)."
     mine = np.flatnonzero(raw["cls"] == c)
     mine = mine[np.argsort(-raw["score"][mine], kind="stable")]
     w, hit, s = weight[:, raw["picture"][mine]], raw[key][mine].astype(bool), raw["score"][mine]
@@ -90,7 +90,7 @@ def _walk(raw, c, weight, key):
     tp, fp = (np.cumsum(w * side, 1)[:, last] for side in (hit, ~hit))
     return tp, fp, weight @ raw["n_truth"][:, c]
 
-
+# %% ../../nbs/06_tasks/01_scores.ipynb #c8989fcc
 def _area(tp, fp, total):
     "Area under the interpolated precision-recall curve."
     if not tp.shape[1]: return _ratio(0 * total, total)
@@ -104,7 +104,7 @@ def precision_per_class(raw, weight, key="matched"):  # (R, K)
     "Average precision of each class: continuous area under the interpolated curve (Everingham 2010), nan where nothing is to be found."
     return np.stack([_area(*_walk(raw, c, weight, key)) for c in range(raw["n_truth"].shape[1])], 1)
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #82c97ef4
+# %% ../../nbs/06_tasks/01_scores.ipynb #6a8bbe9b
 FROC_RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per picture
 
 
@@ -119,7 +119,7 @@ def froc_per_class(raw, weight, key="matched", rates=FROC_RATES):  # (R, K)
             out[r, c] = np.interp(rates, *curve).mean()
     return out
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #a78ec833
+# %% ../../nbs/06_tasks/01_scores.ipynb #3ce0f5b4
 class Metric(NamedTuple):
     "A metric over raw predictions."
     value: Callable     # (raw, weight (R, n), key) -> (R, K)
@@ -134,7 +134,7 @@ METRICS = {
                   "ap50": Metric(precision_per_class, "matched50"), "froc": Metric(froc_per_class, "matched")},
 }
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #38db514b
+# %% ../../nbs/06_tasks/01_scores.ipynb #f53b7da7
 @dataclass
 class Scores:
     "What was predicted for each test picture, with the patient it belongs to."
@@ -149,29 +149,33 @@ class Scores:
     @property
     def kind(self) -> str: return self.task.split(":")[0]
 
-    def per_class(self,
-        weight,                       # (R, n) non-negative, one weight per picture
-        metric: "str|None" = None,    # the primary one by default
-    ) -> np.ndarray:                  # (R, K)
-        "A metric for each resample and class."
-        found = METRICS[self.kind].get(metric or self.metric)
-        require(found is not None and found.key in self.raw, f"metric {metric!r} is not known for {self.task}: use one of {', '.join(self.metrics)}")
-        step = max(1, 4_000_000 // max(len(self.ids), len(self.raw.get("score", ()))))
-        return np.concatenate([found.value(self.raw, weight[i:i + step], found.key) for i in range(0, len(weight), step)])
-
     @property
     def metrics(self) -> list:
         "Names of the metrics that can be computed from what is stored."
         return [name for name, m in METRICS[self.kind].items() if m.key in self.raw]
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #f53b7da7
+# %% ../../nbs/06_tasks/01_scores.ipynb #e82d8e8c
+@patch
+def per_class(self:Scores,
+    weight,                     # (R, n) non-negative, one weight per picture
+    metric: "str|None" = None,  # the primary one by default
+) -> np.ndarray:                # (R, K)
+    "A metric for each resample and class."
+    metric = metric or self.metric
+    require(metric in self.metrics, f"metric {metric!r} is not known for {self.task}: use one of {', '.join(self.metrics)}")
+    found = METRICS[self.kind][metric]
+    step = max(1, 4_000_000 // max(len(self.ids), len(self.raw.get("score", ()))))
+    return np.concatenate([found.value(self.raw, weight[i:i + step], found.key) for i in range(0, len(weight), step)])
+
+# %% ../../nbs/06_tasks/01_scores.ipynb #6b2c83de
 def _as_weight(keep, weight, n):
     "Weights (R, n) from a boolean or index selection, or from weights."
     if weight is None:
         keep = np.arange(n) if keep is None else np.asarray(keep)
         weight = keep if keep.dtype == bool else np.bincount(keep, minlength=n)
     weight = np.asarray(weight, dtype=float)
-    require(weight.shape[-1] == n and weight.ndim in (1, 2), f"weights have shape {weight.shape}: expected ({n},) or (R, {n}), one per test picture")
+    fits = weight.ndim in (1, 2) and weight.shape[-1] == n
+    require(fits, f"weights have shape {weight.shape}: expected ({n},) or (R, {n}), one per test picture")
     require(bool((weight >= 0).all()), f"the smallest weight is {weight.min():g}: weights must not be negative")
     return np.atleast_2d(weight)
 
@@ -187,7 +191,7 @@ def value(self:Scores,
     found = nanmean(self.per_class(w, metric), 1)
     return found if np.ndim(weight) == 2 else float(found[0])
 
-
+# %% ../../nbs/06_tasks/01_scores.ipynb #57be01b4
 @patch
 def values(self:Scores) -> dict:
     "All metrics; those of each class too, where there are several."
@@ -198,7 +202,7 @@ def values(self:Scores) -> dict:
         if len(found) > 1: out |= {f"{m}: {c}": float(v) for c, v in zip(self.classes, found)}
     return out
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #6b2c83de
+# %% ../../nbs/06_tasks/01_scores.ipynb #f4d21f64
 class Deleted(NamedTuple):
     "A metric with all groups, and with each group left out."
     value: float         # all groups
@@ -216,7 +220,7 @@ def group_values(self:Scores,
     found = self.value(weight=keep, metric=metric)
     return Deleted(float(found[0]), found[1:], names)
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #c9315b19
+# %% ../../nbs/06_tasks/01_scores.ipynb #27671ec7
 def _picture_classification(raw):
     p, y = raw["prob"], raw["y"]
     return dict(value=p[np.arange(len(y)), y] if y.ndim == 1 else np.where(y, p, 1 - p).mean(1))
@@ -242,7 +246,7 @@ def per_image(self:Scores) -> pd.DataFrame:
     "One row per test picture: id, group, value (nan where there is nothing to score), and what else the kind of task can say."
     return pd.DataFrame(dict(id=self.ids, group=self.groups) | PER_IMAGE[self.kind](self.raw))
 
-# %% ../../nbs/06_tasks/01_scores.ipynb #27671ec7
+# %% ../../nbs/06_tasks/01_scores.ipynb #45af7096
 @patch
 def save(self:Scores, path) -> Path:
     "Write `path`.npz and `path`.json; returns the path without suffix."

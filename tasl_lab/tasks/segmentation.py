@@ -130,20 +130,23 @@ class Segmentation(Task):
         "Scores of every pixel (n, K, *spatial)."
         with torch.no_grad(): return torch.cat([head(f, bank.spatial) for _, f in bank.stream(ids)])
 
-    def fit(self, head, bank, set, train, val, seed):
-        at, y, share, sampled = sample_places(set.masks[self.target][train], len(self.classes) + 1, rng("segmentation", seed))
-        x, y = head.standard(torch.from_numpy(gather(bank, train, at))), torch.from_numpy(y)
-        correction, found, w = torch.from_numpy(np.log(share / sampled)).float(), [], None
-        for l2 in PENALTIES:
-            w = fit_logistic(x, y, len(share), l2, w)
-            head.set(w[:-1], w[-1])
-            best, tau = choose(self.scores_of(head, bank, val), set.masks[self.target][val], correction) if len(val) else (-abs(np.log(l2 / PENALTIES[1])), .5)
-            found.append((best, l2, tau, w))
-        best, l2, tau, w = max(found, key=lambda f: f[0])
-        head.set(w[:-1], w[-1] + tau * correction)
-        return dict(l2=l2, tau=tau)
-
 # %% ../../nbs/06_tasks/05_segmentation.ipynb #62c23852
+@patch
+def fit(self:Segmentation, head, bank, set, train, val, seed):
+    at, y, share, sampled = sample_places(set.masks[self.target][train], len(self.classes) + 1, rng("segmentation", seed))
+    x, y = head.standard(torch.from_numpy(gather(bank, train, at))), torch.from_numpy(y)
+    correction, found, w = torch.from_numpy(np.log(share / sampled)).float(), [], None
+    for l2 in PENALTIES:
+        w = fit_logistic(x, y, len(share), l2, w)
+        head.set(w[:-1], w[-1])
+        if len(val): best, tau = choose(self.scores_of(head, bank, val), set.masks[self.target][val], correction)
+        else: best, tau = -abs(np.log(l2 / PENALTIES[1])), .5
+        found.append((best, l2, tau, w))
+    best, l2, tau, w = max(found, key=lambda f: f[0])
+    head.set(w[:-1], w[-1] + tau * correction)
+    return dict(l2=l2, tau=tau)
+
+# %% ../../nbs/06_tasks/05_segmentation.ipynb #df04e896
 def soft_dice_loss(
     prob,   # (B, K, *spatial)
     truth,  # (B, K, *spatial) 0/1
@@ -156,7 +159,7 @@ def soft_dice_loss(
     there = (truth.sum(axes) > 0)[1:]
     return 1 - (score[1:] * there).sum() / there.sum().clamp(min=1)
 
-
+# %% ../../nbs/06_tasks/05_segmentation.ipynb #1c33af16
 @patch
 def loss(self:Segmentation, outputs, batch, size):
     "Cross-entropy plus soft Dice; pixels of value 255 do not count."
@@ -171,7 +174,7 @@ def decode(self:Segmentation, outputs, size):
     "The class of every pixel."
     return dict(mask=outputs.argmax(1).to(torch.uint8).cpu().numpy())
 
-
+# %% ../../nbs/06_tasks/05_segmentation.ipynb #54e2ce4b
 @patch
 def score(self:Segmentation, predictions, set, ids):
     "Dice, surface Dice and size of the region in pixels, each (n, K) over the foreground classes."
