@@ -25,7 +25,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _HUES = [OKABE_ITO[k] for k in ("blue", "vermillion", "green", "purple", "sky", "orange", "yellow")]
 _CONTROLS = {"random": {"color": GREY, "symbol": "x", "dash": "dot"},
              "supervised": {"color": OKABE_ITO["black"], "symbol": "star", "dash": "longdash"}}
-_HOME = {"simclr": 0, "masked": 1, "spark": 1, "mae": 1, "simclr+0.5*masked": 2}  # these keep their look from figure to figure
+_HOME = {"simclr": 0, "masked": 1, "spark": 1, "mae": 1, "simclr+0.5*masked": 2, "simclr+0.5*spark": 2, "simclr+0.5*mae": 2}  # these keep their look from figure to figure
 
 # %% ../../nbs/08_figures/00_style.ipynb #675112b7
 def looks(
