@@ -30,11 +30,17 @@ def require(
     if not ok: raise InputError(message if isinstance(message, str) else message())
 
 # %% ../nbs/00_core.ipynb #fa60a319
+def _native(x):
+    "NumPy numbers as Python's own, also inside tuples and lists: equal keys have equal texts."
+    if isinstance(x, (tuple, list)): return type(x)(map(_native, x))
+    return x.item() if isinstance(x, np.generic) else x
+
+
 def seed_of(
-    *keys,  # anything with a stable text: numbers, strings, tuples
+    *keys,  # anything with a stable text: numbers (NumPy's too), strings, tuples
 ) -> int:
     "A 63-bit seed that depends on `keys` alone, equal on every machine."
-    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(repr(_native(keys)).encode()).digest()[:8], "little") >> 1
 
 
 def rng(*keys) -> np.random.Generator:
@@ -50,6 +56,7 @@ def torch_rng(*keys):
 # %% ../nbs/00_core.ipynb #b8f19b45
 def _feed(h, x):
     "Feed one object into hash `h`."
+    if isinstance(x, np.generic): x = x.item()
     if isinstance(x, np.ndarray):
         h.update(f"{x.dtype.str}{x.shape}".encode())
         h.update("\0".join(map(str, x.ravel())).encode() if x.dtype == object else np.ascontiguousarray(x).data)
@@ -59,15 +66,15 @@ def _feed(h, x):
         h.update(f"list{len(x)}".encode())
         for v in x: _feed(h, v)
     elif hasattr(x, "to_csv"): h.update(x.to_csv(index=False, float_format="%.9g").encode())
-    elif isinstance(x, np.generic): _feed(h, x.item())
-    else: h.update(repr(x).encode())
+    elif x is None or isinstance(x, (str, bytes, int, float)): h.update(repr(x).encode())
+    else: raise TypeError(f"no fingerprint of a {type(x).__name__}: give arrays, tables, dicts, lists, strings, numbers or None")
     h.update(b"|")
 
 
 def fingerprint(
-    *things,  # arrays, strings, numbers, dicts, lists, DataFrames
+    *things,  # arrays, strings, bytes, numbers, None, dicts, lists, DataFrames
 ) -> str:
-    "The sha256, in hex, of the contents of `things`."
+    "The sha256, in hex, of the contents of `things`; `TypeError` for what has no stable text."
     h = hashlib.sha256()
     for x in things: _feed(h, x)
     return h.hexdigest()
@@ -118,7 +125,7 @@ def write_json(path, obj) -> Path:
 def read_json(path) -> object:
     "Read a JSON file; a missing or broken one is an `InputError` that names it."
     require(Path(path).is_file(), f"{path}: no such file")
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise InputError(f"{path}: not valid JSON ({e})") from e
 
 # %% ../nbs/00_core.ipynb #5f1c95a2
@@ -131,8 +138,8 @@ def pick_device(
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError as e: raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:N or mps") from e
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
-    require(there(), f"device {name!r} is not available on this machine: use auto or cpu")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    require((device.index or 0) < count, f"device {name!r} is not available, this machine has {count} of type {device.type}: use auto or cpu")
     return device
 
 

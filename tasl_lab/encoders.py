@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'Features', 'spread', 'fold', 'unfold', 'Visibility', 'VisibleGroupNorm', 'CNN', 'sincos', 'ViT',
            'make_encoder']
 
-# %% ../nbs/03_encoders.ipynb #ffe0500a
+# %% ../nbs/03_encoders.ipynb #9a3f7dce
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from .core import require, seed_of
 
-# %% ../nbs/03_encoders.ipynb #3e849210
+# %% ../nbs/03_encoders.ipynb #f6fb1cf0
 @dataclass
 class Features:
     "What an encoder makes of a batch."
@@ -25,7 +25,7 @@ class Features:
     visible_ids: "torch.Tensor|None" = None        # (B, T) positions of the tokens that were encoded, in "visible" mode
     tokens: "torch.Tensor|None" = None             # (B, T, D), tokens after the last block, class token left out
 
-# %% ../nbs/03_encoders.ipynb #fe3a1e7c
+# %% ../nbs/03_encoders.ipynb #84bc2f8f
 def spread(
     mask,  # (B, *grid) bool
     size,  # (*spatial), each a multiple of the grid's
@@ -36,14 +36,16 @@ def spread(
 
 
 def _check_mode(encoder, x, mask, mode):
+    "The mode exists, and the mask fits the pictures and is no finer than the encoder's finest cells."
     require(mode in encoder.modes, f"mode {mode!r} is not possible with encoder {encoder.name!r}: use one of {', '.join(encoder.modes)}")
     given = None if mask is None else tuple(mask.shape)
     require((mask is None) == (mode == "whole"), f"mode {mode!r} and mask {given} do not fit: a mask goes with every mode but 'whole'")
     if mask is None: return
-    fits = len(mask) == len(x) and all(s % g == 0 for s, g in zip(x.shape[2:], mask.shape[1:]))
-    require(fits, f"mask {tuple(mask.shape)} does not divide pictures {tuple(x.shape)}: each side must be a multiple of the grid's")
+    cell = getattr(encoder, "stem", None) or encoder.patch
+    fits = len(mask) == len(x) and all(s % (g * cell) == 0 for s, g in zip(x.shape[2:], mask.shape[1:]))
+    require(fits, f"mask {tuple(mask.shape)} does not fit pictures {tuple(x.shape)}: its cells must divide each side and be multiples of {cell} pixels")
 
-# %% ../nbs/03_encoders.ipynb #34727da8
+# %% ../nbs/03_encoders.ipynb #c3b2e38e
 def fold(
     x,         # (B, C, *spatial)
     f: int,    # factor per axis
@@ -67,7 +69,7 @@ def unfold(
     order = [0, 1, *(n for k in range(d) for n in (2 + d + k, 2 + k))]
     return x.permute(order).reshape(b, c // f ** d, *(k * f for k in s))
 
-# %% ../nbs/03_encoders.ipynb #64660497
+# %% ../nbs/03_encoders.ipynb #f8a8fb0d
 class Visibility:
     "Which positions are visible in this pass: (B, 1, *spatial) floats, or None for all; asked for at any resolution."
     def __init__(self): self.finest, self.cache = None, {}
@@ -105,7 +107,7 @@ class VisibleGroupNorm(nn.GroupNorm):
         shape = (b, c, *[1] * len(s))
         return (x * scale.to(x.dtype).reshape(shape) + shift.to(x.dtype).reshape(shape)) * visible
 
-# %% ../nbs/03_encoders.ipynb #1a549fd2
+# %% ../nbs/03_encoders.ipynb #5a3be1f7
 def _swap_norms(module, visibility):
     "Replace each GroupNorm inside `module`, in place."
     for name, child in module.named_children():
@@ -136,7 +138,7 @@ class CNN(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Conv3d)): module.register_forward_hook(self._empty)
         self.channels = [filters * 2 ** i for i in range(len(blocks))]
         self.strides = [stem * 2 ** i for i in range(len(blocks))]
-        self.width = self.channels[-1]
+        self.width = sum(self.channels)
         self.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
 
     def _empty(self, module, args, out):
@@ -157,9 +159,9 @@ class CNN(nn.Module):
         self.visibility.set((~spread(mask, x.shape[2:])).unsqueeze(1).float() if mode == "sparse" else None)
         try: maps = self.net(x)
         finally: self.visibility.set(None)
-        return Features(maps[-1].float().mean(tuple(range(2, x.ndim))), maps)
+        return Features(torch.cat([m.float().mean(tuple(range(2, x.ndim))) for m in maps], 1), maps)
 
-# %% ../nbs/03_encoders.ipynb #60f1cfa3
+# %% ../nbs/03_encoders.ipynb #dcfec007
 def sincos(
     grid,      # tokens per axis
     width: int,  # channels
@@ -248,7 +250,7 @@ class ViT(nn.Module):
         finally:
             for block in self.blocks: block.attn.save_attn, block.attn.att_mat = False, torch.Tensor()
 
-# %% ../nbs/03_encoders.ipynb #00fe8349
+# %% ../nbs/03_encoders.ipynb #42085968
 ENCODERS = {
     "cnn-tiny": (CNN, dict(filters=16, blocks=(1, 1, 1, 1))),
     "cnn-small": (CNN, dict(filters=32, blocks=(1, 1, 1, 1))),

@@ -6,7 +6,7 @@
 __all__ = ['batch_ids', 'rate_at', 'State', 'Diverged', 'Run', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'environment',
            'load_encoder', 'load_objective', 'default_workers', 'execute']
 
-# %% ../nbs/05_training/01_training.ipynb #c77efd25
+# %% ../nbs/05_training/01_training.ipynb #354898fe
 import json
 import math
 import platform
@@ -24,7 +24,7 @@ from .encoders import make_encoder
 from .objectives.base import Plan
 from .objectives.compose import gradient_agreement, make
 
-# %% ../nbs/05_training/01_training.ipynb #c51aaf48
+# %% ../nbs/05_training/01_training.ipynb #9a925b1c
 def batch_ids(
     pool,       # (N,) indices that may be used
     batch: int, # pictures per step
@@ -45,10 +45,10 @@ def rate_at(
 ) -> float:
     "Learning rate at `step`: linear warm-up, then half a cosine to zero."
     rise = warmup * steps
-    if step < rise: return peak * (step + 1) / rise if rise >= 1 else peak
+    if step < rise: return peak * min(1., (step + 1) / rise)
     return peak * .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-# %% ../nbs/05_training/01_training.ipynb #537e4fdc
+# %% ../nbs/05_training/01_training.ipynb #e3d70438
 @dataclass
 class State:
     "What is known after a step."
@@ -107,7 +107,7 @@ class Run:
         self.objective.after_step(progress)
         return State(step + 1, (step + 1) * c.batch, self.objective.memo.pictures, loss.total.item(), parts, rate, norm, time.perf_counter() - start)
 
-# %% ../nbs/05_training/01_training.ipynb #cb9018f9
+# %% ../nbs/05_training/01_training.ipynb #1dce28f5
 def save_checkpoint(
     run: Run,
     state: State,  # after the last step
@@ -118,7 +118,7 @@ def save_checkpoint(
     tensors = {f"model.{k}": v for k, v in run.objective.state_dict().items()}
     for i, s in run.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v for k, v in s.items()}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    return write_atomic(path, save(tensors, {"step": str(state.step), "seconds": repr(state.seconds), "config": run.config.model_dump_json()}))
+    return write_atomic(path, save(tensors, {"step": str(state.step), "seconds": repr(state.seconds), "config": run.config.model_dump_json(), "data": run.data.sha256}))
 
 
 def load_checkpoint(
@@ -132,6 +132,7 @@ def load_checkpoint(
     except SafetensorError as e: raise InputError(f"{path}: not a checkpoint ({e}): delete it to start anew") from e
     same = json.loads(header.get("config", "{}")) == json.loads(run.config.model_dump_json())
     require(same, f"{path}: belongs to another configuration: choose another folder or delete it")
+    require(header["data"] == run.data.sha256, f"{path}: was trained on another set than {run.data.info.name!r}: choose another folder or delete it")
     run.objective.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     states = {}
     for k, v in tensors.items():
@@ -141,7 +142,7 @@ def load_checkpoint(
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": states})
     return int(header["step"]), float(header["seconds"])
 
-# %% ../nbs/05_training/01_training.ipynb #40a3e227
+# %% ../nbs/05_training/01_training.ipynb #1e0b78fd
 def pretrain(
     config: PretrainConfig,
     data: ImageSet,
@@ -165,6 +166,7 @@ def _resume(run, out):
     "Steps done, seconds spent and rows recorded by an earlier, unfinished call."
     path = out and out / "checkpoint.safetensors"
     if not path or not path.is_file(): return 0, 0., []
+    require((out / "metrics.parquet").is_file(), f"{out}: has a checkpoint but no metrics.parquet: delete the folder to start anew")
     step, seconds = load_checkpoint(run, path)
     rows = pd.read_parquet(out / "metrics.parquet")
     return step, seconds, rows[rows.step <= step].to_dict("records")
@@ -181,7 +183,7 @@ def _keep(run, state, rows, out):
     _write_rows(rows, out)
     save_checkpoint(run, state, out / "checkpoint.safetensors")
 
-# %% ../nbs/05_training/01_training.ipynb #e5c9c9ee
+# %% ../nbs/05_training/01_training.ipynb #2a5b3664
 def environment() -> dict:
     "Versions and hardware, for records."
     import tasl_lab
@@ -236,7 +238,7 @@ def load_objective(
     run.objective.load_state_dict(load_file(str(Path(folder) / "objective.safetensors")))
     return run.objective.eval()
 
-# %% ../nbs/05_training/01_training.ipynb #cbe5ba5a
+# %% ../nbs/05_training/01_training.ipynb #c8d20766
 def default_workers() -> int:
     "Processes for `execute`: one on a GPU, else one per core, as far as memory allows (2 GB each)."
     import psutil

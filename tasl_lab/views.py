@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL_SCALE', 'to_float', 'ViewSpec', 'View', 'warp', 'make_views', 'compose', 'invert', 'correspond', 'draw_mask']
 
-# %% ../nbs/02_views.ipynb #81035adc
+# %% ../nbs/02_views.ipynb #586760f4
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .core import require, torch_rng
 
-# %% ../nbs/02_views.ipynb #cbb319ca
+# %% ../nbs/02_views.ipynb #f8ba99bc
 FULL_SCALE = {torch.uint8: 255., torch.uint16: 65535.}
 
 
@@ -23,7 +23,7 @@ def to_float(
     "Pictures as float32 with 0..1 mapped to -2..2."
     return images.float().mul_(4 / FULL_SCALE.get(images.dtype, 1.)).sub_(2) if not images.dtype.is_floating_point else images.float() * 4 - 2
 
-# %% ../nbs/02_views.ipynb #8f3a775f
+# %% ../nbs/02_views.ipynb #661501f9
 @dataclass(frozen=True)
 class ViewSpec:
     "How a view may differ from its source; the default leaves the picture as it is."
@@ -48,7 +48,7 @@ class View:
     mask: "torch.Tensor|None" = None    # (B, *grid) bool, true where hidden
     source_id: "torch.Tensor|None" = None  # (B,) index of the source picture
 
-# %% ../nbs/02_views.ipynb #e97e2533
+# %% ../nbs/02_views.ipynb #92aff289
 def _uniform(g, n, low, high): return torch.rand(n, generator=g) * (high - low) + low
 
 
@@ -88,7 +88,7 @@ def _draw_intensity(g, spec, n, channels):
         "sigma": _uniform(g, n, low, high) * (torch.rand(n, generator=g) < chance),
     }
 
-# %% ../nbs/02_views.ipynb #70e86b71
+# %% ../nbs/02_views.ipynb #ac06b377
 def warp(
     x,            # (B, C, *spatial) float
     affine,       # (B, d, d+1), output pixels to input pixels
@@ -111,7 +111,8 @@ def _blur(x, sigma):
     radius = int(torch.ceil(3 * sigma.max()).item())
     if radius == 0: return x
     t = torch.arange(-radius, radius + 1., device=x.device)
-    weight = torch.exp(-.5 * (t / sigma.to(x.device).clamp(min=1e-3)[:, None]) ** 2)
+    sigma = sigma.to(x.device).clamp(min=1e-3)[:, None]
+    weight = torch.exp(-.5 * (t / sigma) ** 2) * (t.abs() <= torch.ceil(3 * sigma))          # each picture's own reach
     weight = (weight / weight.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)     # (B*C, taps)
     conv = {2: F.conv2d, 3: F.conv3d}[x.ndim - 2]
     y = x.reshape(1, -1, *x.shape[2:])
@@ -123,15 +124,15 @@ def _blur(x, sigma):
     return y.reshape(x.shape)
 
 
-def _recolor(x, p, spec, g):
+def _recolor(x, p, spec, noise):
     "Gamma, gain, offset, colour and noise on the scale of `to_float` (-2..2)."
     wide = lambda t: t.to(x.device).reshape(len(x), -1, *[1] * (x.ndim - 2))
     if spec.gamma: x = ((x + 2) / 4).clamp(0, 1) ** wide(p["gamma"]) * 4 - 2
     if spec.contrast or spec.brightness or spec.color: x = x * wide(p["gain"]) * wide(p["color"]) + wide(p["offset"])
-    if spec.noise: x = x + torch.randn(x.shape, generator=g).to(x.device) * (4 * spec.noise)
+    if spec.noise: x = x + noise.to(x.device) * (4 * spec.noise)
     return x
 
-# %% ../nbs/02_views.ipynb #0c3c8055
+# %% ../nbs/02_views.ipynb #d502eda9
 def _one_view(images, spec, key, ids, rank, world):
     n, size = len(images), images.shape[2:]
     out = (spec.size,) * len(size) if spec.size else tuple(size)
@@ -141,7 +142,8 @@ def _one_view(images, spec, key, ids, rank, world):
     parameters = {k: v[mine] for k, v in _draw_intensity(g, spec, n * world, images.shape[1]).items()}
     still = torch.equal(affine, torch.eye(len(size), len(size) + 1).expand_as(affine))
     x = images if still else warp(images, affine, out)
-    x = _recolor(_blur(x, parameters["sigma"]), parameters, spec, torch_rng("noise", *key, rank))
+    noise = torch.randn((n * world, *x.shape[1:]), generator=g)[mine] if spec.noise else None
+    x = _recolor(_blur(x, parameters["sigma"]), parameters, spec, noise)
     return View(x, affine, None, None if ids is None else torch.as_tensor(ids))
 
 
@@ -157,7 +159,7 @@ def make_views(
     "One `View` per recipe; parameters depend on (seed, step, which view) alone."
     return [_one_view(images, spec, (seed, step, k), ids, rank, world) for k, spec in enumerate(specs)]
 
-# %% ../nbs/02_views.ipynb #ca26b7fd
+# %% ../nbs/02_views.ipynb #4e48a1e9
 def compose(outer, inner):
     "Affine that first applies `inner`, then `outer`; both (B, d, d+1)."
     d = outer.shape[1]
@@ -185,7 +187,7 @@ def correspond(
     inside = ((there >= -.5) & (there <= torch.tensor(b.x.shape[2:]) - .5)).all(-1)
     return there, inside
 
-# %% ../nbs/02_views.ipynb #f544dce5
+# %% ../nbs/02_views.ipynb #6cef0ccf
 def draw_mask(
     n: int,        # pictures
     grid,          # cells per axis

@@ -2,6 +2,8 @@
 import copy
 import itertools
 import math
+import os
+import time
 
 import numpy as np
 import pandas as pd
@@ -80,7 +82,6 @@ def test_nt_xent_is_its_formula():
     assert abs(nt_xent(a, b, .3).item() - sum(terms) / 8) < 1e-5
 
 
-@pytest.mark.xfail(strict=True, reason="autocast turns the similarities to bf16")
 def test_nt_xent_keeps_full_precision_under_autocast():
     a, b = pairs(64)
     full = nt_xent(a, b, .1)
@@ -109,25 +110,31 @@ def flat_simclr(rank, world):
     return loss.detach(), gradients(loss, objective)
 
 
+def shares(rank):
+    "What one process of two finds out: losses, normed values and gradients."
+    mine = slice(rank * 5, (rank + 1) * 5)
+    a, b = (x.detach()[mine].requires_grad_() for x in pairs(10))
+    x = pairs(10)[0].detach()[mine].requires_grad_()
+    loss, y = nt_xent(a, b, .2), GatheredNorm(16)(x)
+    loss.backward()
+    (y ** 3).sum().backward()
+    return {"loss": loss.detach(), "a": a.grad, "b": b.grad, "norm": y.detach(), "x": x.grad, "simclr": flat_simclr(rank, 2)}
+
+
 def one_process(rank, world, folder):
     "What a process of two does; it leaves its results in a file."
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    a, b = (x.detach()[rank * 5:(rank + 1) * 5].requires_grad_() for x in pairs(10))
-    loss = nt_xent(a, b, .2)
-    loss.backward()
-    x = pairs(10)[0].detach()[rank * 5:(rank + 1) * 5].requires_grad_()
-    norm = GatheredNorm(16)
-    y = norm(x)
-    (y ** 3).sum().backward()
-    torch.save({"loss": loss.detach(), "a": a.grad, "b": b.grad, "norm": y.detach(), "x": x.grad, "simclr": flat_simclr(rank, world)}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(shares(rank), f"{folder}/{rank}.part")
+    os.replace(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
+    while not all(os.path.exists(f"{folder}/{r}.pt") for r in range(world)): time.sleep(.05)  # nobody leaves while another still talks
+    os._exit(0)  # gloo's threads may abort an interpreter that is being taken down
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "Results of two processes that work on one batch."
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_process, (2, str(folder)), 2)
+    torch.multiprocessing.spawn(one_process, (2, str(folder)), 2)  # a fault in one ends the other
     return [torch.load(folder / f"{r}.pt") for r in range(2)]
 
 
@@ -291,7 +298,7 @@ def test_sparse_pass_is_masking_after_every_convolution(dims, unit):
         seen = fold(x[i:i + 1] * ~torch.from_numpy(hidden), 2)[0].numpy().astype(float)
         expected = plain_sparse(encoder, seen, ~hidden[(slice(None, None, 2),) * dims])
         for level, m in enumerate(expected): assert np.allclose(got.maps[level][i].numpy(), m, atol=1e-4), level
-        assert np.allclose(got.pooled[i].numpy(), expected[-1].mean(tuple(range(1, dims + 1))), atol=1e-4)
+        assert np.allclose(got.pooled[i].numpy(), np.concatenate([m.mean(tuple(range(1, dims + 1))) for m in expected]), atol=1e-4)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -333,7 +340,7 @@ def test_hidden_pixels_do_not_reach_the_encoder(dims):
         with torch.no_grad(): assert torch.allclose(objective.reconstruct(view), objective.reconstruct(other), atol=1e-5)
 
 
-@pytest.mark.parametrize("unit", [2, 4, 8, 16, *[pytest.param(u, marks=pytest.mark.xfail(strict=True, reason="open fault")) for u in (6, 12, 24)]])
+@pytest.mark.parametrize("unit", [2, 4, 8, 16, 6, 12, 24])
 def test_spark_works_with_every_unit_it_accepts(unit):
     data = ImageSet(np.random.default_rng(0).integers(0, 255, (2, 1, 48, 48)).astype(np.uint8), Info("noise"))
     objective = make("spark", make_encoder("cnn-tiny", filters=8, blocks=(1, 1, 1, 1)), data.info, Plan(batch=2, size=(48, 48)), {"spark": {"unit": unit}})
@@ -380,7 +387,6 @@ def test_encoded_pictures_are_counted():
 
 # ---------- the memo of a step ----------
 
-@pytest.mark.xfail(strict=True, reason="the memo keeps what was made without gradient")
 def test_looking_without_gradient_does_not_stop_training():
     objective, batch = small_objective("spark")
     views = objective.views(batch, 0)
@@ -388,7 +394,6 @@ def test_looking_without_gradient_does_not_stop_training():
     assert any(g.abs().sum() > 0 for g in gradients(objective(views, 0.).total, objective.encoder).values())
 
 
-@pytest.mark.xfail(strict=True, reason="the memo knows pictures by the address of a tensor that may be gone")
 def test_features_are_those_of_the_picture_given():
     objective, batch = small_objective("spark")
     view = objective.views(batch, 0)[0]
@@ -465,7 +470,6 @@ def test_seed_alone_decides_the_curve(spec, family):
     assert not set(curve(spec, family, 1)) & set(first)
 
 
-@pytest.mark.xfail(strict=True, reason="class and hidden token of a ViT have three axes")
 def test_weight_decay_spares_single_tokens_norms_and_biases():
     for family, spec in (("CNN", "simclr+0.5*masked"), ("ViT", "simclr+0.5*masked")):
         objective, _ = small_objective(spec, family)
@@ -485,7 +489,7 @@ def plan(**given): return Plan(**{"steps": 5, "batch": 4, "size": (16, 16)} | gi
     ("jigsaw", "CNN", {}, {}, "'jigsaw'.*unknown"), ("simclr+0.5*jigsaw", "CNN", {}, {}, "'jigsaw'.*unknown"), ("", "CNN", {}, {}, "unknown"),
     ("x*simclr", "CNN", {}, {}, "weight 'x'"), ("-1*simclr", "CNN", {}, {}, "above zero"), ("0*simclr", "CNN", {}, {}, "above zero"),
     ("nan*simclr", "CNN", {}, {}, "weight|above zero"),
-    pytest.param("inf*simclr", "CNN", {}, {}, "inf", marks=pytest.mark.xfail(strict=True, reason="open fault")),
+    pytest.param("inf*simclr", "CNN", {}, {}, "inf"),
     ("spark+masked", "CNN", {}, {}, "twice"),
     ("mae", "CNN", {}, {}, "spark on a CNN"), ("spark", "ViT", {}, {}, "mae on a ViT"), ("simclr", "CNN", {"batch": 1}, {}, "batch of 1"),
     ("mae", "ViT", {"size": (16, 18)}, {}, r"\(16, 18\)"), ("mae", "ViT", {"size": (4, 4)}, {}, r"\(4, 4\)"),
@@ -503,7 +507,7 @@ def test_impossible_objective(spec, family, given, options, words):
     ("CNN", (16, 16), (3, 3), "sparse", r"\(2, 3, 3\)"), ("CNN", (16, 16), (4, 4), "visible", "mode 'visible'"),
     ("ViT", (16, 16), (4, 4), "sparse", "mode 'sparse'"),
     ("CNN", (16, 16), (4, 4), "whole", "mode 'whole'"), ("CNN", (16, 16), None, "sparse", "mode 'sparse'"),
-    *[pytest.param(f, (16, 16), (16, 16), m, r"\(2, 16, 16\)", marks=pytest.mark.xfail(strict=True, reason="a mask finer than the features"))
+    *[pytest.param(f, (16, 16), (16, 16), m, r"\(2, 16, 16\)")
       for f, m in (("CNN", "sparse"), ("ViT", "token"))],
 ])
 def test_impossible_input_of_an_encoder(family, size, grid, mode, words):

@@ -120,7 +120,6 @@ def test_blur_of_one_picture_leaves_the_others():
     assert torch.equal(_blur(x, torch.zeros(4)), x)
 
 
-@pytest.mark.xfail(strict=True, reason="the taps end at 3 sigma of the most blurred picture")
 def test_blur_does_not_depend_on_its_company():
     x, sigma = pictures(), torch.tensor([1., 1., 2.5, 2.5])
     assert torch.allclose(_blur(x, sigma)[:2], _blur(x[:2], sigma[:2]), atol=1e-5)
@@ -187,7 +186,7 @@ def test_views_follow_from_seed_and_step_alone(dims):
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("spec", [
-    pytest.param(s, id=k, marks=[pytest.mark.xfail(strict=True, reason="noise is drawn per rank")] if s.noise else [])
+    pytest.param(s, id=k)
     for k, s in {"rich": RICH, "loud": LOUD, "blur": ViewSpec(blur=(.5, .3, .9)), **RECIPES}.items()])
 def test_ranks_see_their_part_of_the_global_batch(spec, world):
     x, n = pictures(n=8), 8 // world

@@ -8,13 +8,14 @@ __all__ = ['MODALITIES', 'SPLITS', 'IGNORE', 'OUTLINES', 'Info', 'Batch', 'Image
 # %% ../../nbs/01_data/00_imageset.ipynb #f3ab150e
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import fingerprint, read_json, require, rng, write_json
+from ..core import InputError, fingerprint, read_json, require, rng, write_atomic, write_json
 
 # %% ../../nbs/01_data/00_imageset.ipynb #992187ab
 @dataclass(frozen=True)
@@ -37,30 +38,51 @@ IGNORE = 255  # mask value of a pixel that nobody annotated
 def _first(bad: np.ndarray) -> int: return int(np.flatnonzero(bad)[0])
 
 
-def _check_images(images):
-    "Pictures as one array `(N, C, *spatial)` or, where sizes differ, as a list of `(C, *spatial)`."
-    if isinstance(images, list):
-        for i, x in enumerate(images):
-            require(x.ndim == images[0].ndim in (3, 4), f"images[{i}] has shape {x.shape}: expected (C, y, x) or (C, z, y, x), as images[0]")
-            require(len(x) == len(images[0]), f"images[{i}] has {len(x)} channels, images[0] has {len(images[0])}: convert one of them")
-            require(0 not in x.shape, f"images[{i}] has shape {x.shape}: an empty picture, leave it out")
-        return images
-    images = np.asarray(images)
-    require(images.ndim in (4, 5), f"images have shape {images.shape}: expected (N, C, y, x) or (N, C, z, y, x)")
-    require(0 not in images.shape[1:], f"images have shape {images.shape}: pictures without pixels")
-    kinds = ("uint8", "uint16", "float16", "float32")
-    require(images.dtype.name in kinds, f"images have type {images.dtype}: convert to one of {', '.join(kinds)}")
-    if images.dtype.kind == "f":
-        bad = ~np.isfinite(images).reshape(len(images), -1).all(1)
-        require(not bad.any(), lambda: f"images[{_first(bad)}] holds nan or infinity: mask or replace those values")
+def _array(part, x, dtype=None) -> np.ndarray:
+    "`x` as an array; `InputError` that names `part` where rows differ in length or text is no number."
+    try: return np.asarray(x, dtype)
+    except (ValueError, TypeError) as e: raise InputError(f"{part} is no array of numbers: give rows of equal length, without text") from e
+
+
+def _check_values(x, start=0):
+    "Type and values of pictures `(N, C, *spatial)`, the first of which has index `start`."
+    kinds, at = ("uint8", "uint16", "float16", "float32"), tuple(range(1, x.ndim))
+    require(x.dtype.name in kinds, f"images[{start}] has type {x.dtype}: convert to one of {', '.join(kinds)}")
+    if x.dtype.kind != "f": return
+    bad = ~np.isfinite(x).all(at)
+    require(not bad.any(), lambda: f"images[{start + _first(bad)}] holds nan or infinity: mask or replace those values")
+    low, high = x.min(at), x.max(at)
+    bad = (low < 0) | (high > 1)
+    require(not bad.any(), lambda: f"images[{start + _first(bad)}] holds values from {low[bad][0]:g} to {high[bad][0]:g}: scale floats to 0..1")
+
+
+def _check_ragged(images) -> list:
+    "Pictures `(C, *spatial)` of any size, alike in axes, channels and type."
+    images = [_array(f"images[{i}]", x) for i, x in enumerate(images)]
+    for i, x in enumerate(images):
+        require(x.ndim == images[0].ndim in (3, 4), f"images[{i}] has shape {x.shape}: expected (C, y, x) or (C, z, y, x), as images[0]")
+        require(len(x) == len(images[0]), f"images[{i}] has {len(x)} channels, images[0] has {len(images[0])}: convert one of them")
+        require(0 not in x.shape, f"images[{i}] has shape {x.shape}: an empty picture, leave it out")
+        require(x.dtype == images[0].dtype, f"images[{i}] has type {x.dtype}, images[0] has {images[0].dtype}: convert one of them")
+        _check_values(x[None], i)
     return images
 
 
+def _check_images(images):
+    "Pictures as one array `(N, C, *spatial)` or, where sizes differ, as a list of `(C, *spatial)`."
+    if isinstance(images, list): return _check_ragged(images)
+    images = _array("images", images)
+    require(images.ndim in (4, 5), f"images have shape {images.shape}: expected (N, C, y, x) or (N, C, z, y, x)")
+    require(0 not in images.shape[1:], f"images have shape {images.shape}: pictures without pixels")
+    _check_values(images)
+    return images
+
+# %% ../../nbs/01_data/00_imageset.ipynb #03470c7c
 def _check_label(name, y, n, classes):
     "Class indices `(N,)`, -1 where unknown, or 0/1 per class `(N, K)`."
-    y = np.asarray(y)
-    require(len(y) == n, f"labels[{name!r}] has {len(y)} rows for {n} pictures: one row per picture")
+    y = _array(f"labels[{name!r}]", y)
     require(y.dtype.kind in "iub" and y.ndim in (1, 2), f"labels[{name!r}] has type {y.dtype}, shape {y.shape}: expected integers (N,) or 0/1 (N, K)")
+    require(len(y) == n, f"labels[{name!r}] has {len(y)} rows for {n} pictures: one row per picture")
     require(name in classes, f"labels[{name!r}] has no class names: give them in Info.classes[{name!r}]")
     k, top = len(classes[name]), 1 if y.ndim == 2 else len(classes[name]) - 1
     require(y.ndim == 1 or y.shape[1] == k, f"labels[{name!r}] has {y.shape[-1]} columns for {k} class names")
@@ -71,24 +93,36 @@ def _check_label(name, y, n, classes):
 
 def _check_mask(name, m, images, classes):
     "Class index per pixel, of the picture's shape; 255 where nobody annotated."
-    m = np.asarray(m)
+    m = _array(f"masks[{name!r}]", m)
     require(not isinstance(images, list), f"masks[{name!r}]: pictures of different sizes cannot carry an array of masks, resize them first")
     require(m.shape == (len(images), *images.shape[2:]),
             f"masks[{name!r}] has shape {m.shape}: the pictures need {(len(images), *images.shape[2:])}")
     require(m.dtype.kind in "iub", f"masks[{name!r}] has type {m.dtype}: expected class indices")
     require(name in classes, f"masks[{name!r}] has no class names: give them in Info.classes[{name!r}]")
     k = len(classes[name])
-    bad = (((m < 0) | (m >= k)) & (m != IGNORE)).reshape(len(m), -1).any(1)
-    require(not bad.any(), lambda: f"masks[{name!r}][{_first(bad)}] holds the value {m[_first(bad)].max()}: "
+    wrong = ((m < 0) | (m >= k)) & (m != IGNORE)
+    require(not wrong.any(), lambda: f"masks[{name!r}][{np.argwhere(wrong)[0][0]}] holds the value {m[wrong][0]}: "
             f"allowed are 0 to {k - 1}, and {IGNORE} for not annotated")
     return m.astype(np.uint8)
 
 
+def _check_target(name, t, n):
+    "Numbers `(N,)`, nan where unknown."
+    t = _array(f"targets[{name!r}]", t)
+    require(t.dtype.kind in "iufb", f"targets[{name!r}] has type {t.dtype}: expected numbers, nan where unknown")
+    require(t.shape == (n,), f"targets[{name!r}] has shape {t.shape}: expected ({n},)")
+    with np.errstate(over="ignore"): t = t.astype(np.float32)
+    bad = np.isinf(t)
+    require(not bad.any(), lambda: f"targets[{name!r}][{_first(bad)}] is {t[bad][0]}: give a finite number, or nan where unknown")
+    return t
+
+# %% ../../nbs/01_data/00_imageset.ipynb #cef47a1d
 def _check_box(i, b, shape, k):
     "Boxes `(k, 2*dims+1)` of picture `i`: starts, stops (half-open), class."
     if b is None: return None
-    d = len(shape)
-    b = np.asarray(b, dtype=np.float32).reshape(-1, 2 * d + 1)
+    d, b = len(shape), _array(f"boxes[{i}]", b, np.float32)
+    if not b.size: return np.zeros((0, 2 * d + 1), np.float32)
+    require(b.ndim == 2 and b.shape[1] == 2 * d + 1, f"boxes[{i}] has shape {b.shape}: expected (k, {2 * d + 1}), {d} starts, {d} stops and the class")
     for j, row in enumerate(b):
         start, stop, c = row[:d], row[d:2 * d], row[-1]
         where = f"boxes[{i}][{j}] {row.tolist()}"
@@ -105,6 +139,8 @@ def _check_table(table, n):
     if "patient" not in table: table = table.assign(patient=[f"p{i:05d}" for i in range(n)])
     if "split" not in table: table = table.assign(split="train")
     if "site" not in table: table = table.assign(site="0")
+    bad = table.patient.isna().to_numpy() | (table.patient.astype(str).str.strip() == "").to_numpy(bool)
+    require(not bad.any(), lambda: f"table.patient[{_first(bad)}] is {table.patient[_first(bad)]!r}: name the patient of every picture")
     table = table.assign(patient=table.patient.astype(str), split=table.split.astype(str), site=table.site.astype(str))
     bad = ~table.split.isin(SPLITS).to_numpy()
     require(not bad.any(), lambda: f"table.split[{_first(bad)}] is {table.split[_first(bad)]!r}: allowed are {', '.join(SPLITS)}")
@@ -112,7 +148,7 @@ def _check_table(table, n):
     require((spread < 2).all(), lambda: f"patient {spread.index[spread > 1][0]!r} is in more than one split: give each patient one split")
     return table
 
-# %% ../../nbs/01_data/00_imageset.ipynb #03470c7c
+# %% ../../nbs/01_data/00_imageset.ipynb #ad5b8a91
 @dataclass
 class Batch:
     "Some pictures of a set and what is known about them; `images` is a tensor `(B, C, *spatial)` in the stored type."
@@ -128,12 +164,12 @@ class Batch:
         "The same pictures without truth: no labels, masks, boxes, targets or generating factors."
         return Batch(self.images, self.ids, self.table[[c for c in self.table if not c.startswith("factor:")]])
 
-# %% ../../nbs/01_data/00_imageset.ipynb #cef47a1d
+# %% ../../nbs/01_data/00_imageset.ipynb #e75522ca
 class ImageSet:
     "Pictures with labels, masks, boxes, numbers and a table; raises `InputError` when parts do not fit together."
 
     def __init__(self,
-        images,        # (N, C, *spatial) uint8 | uint16 | float16 | float32, or a list of (C, *spatial)
+        images,        # (N, C, *spatial) uint8 | uint16 | float16 | float32 (floats in 0..1), or a list of (C, *spatial)
         info: Info,    # name, modality, class names, source
         *,
         labels=None,   # {name: (N,) int, -1 unknown; or (N, K) 0/1}
@@ -148,8 +184,7 @@ class ImageSet:
         require(info.modality in MODALITIES, f"modality {info.modality!r} is unknown: use one of {', '.join(MODALITIES)}")
         self.labels = {k: _check_label(k, v, n, info.classes) for k, v in (labels or {}).items()}
         self.masks = {k: _check_mask(k, v, self.images, info.classes) for k, v in (masks or {}).items()}
-        self.targets = {k: np.asarray(v, dtype=np.float32) for k, v in (targets or {}).items()}
-        for k, v in self.targets.items(): require(v.shape == (n,), f"targets[{k!r}] has shape {v.shape}: expected ({n},)")
+        self.targets = {k: _check_target(k, v, n) for k, v in (targets or {}).items()}
         self.boxes = self._checked_boxes(boxes)
         self.table = _check_table(table, n)
 
@@ -190,8 +225,14 @@ class ImageSet:
         groups = self.table.patient.nunique()
         return f"ImageSet {self.info.name!r}: {len(self)} pictures {self.channels} x {shape}, {counts}; {groups} groups; truth: {', '.join(truth) or 'none'}"
 
-# %% ../../nbs/01_data/00_imageset.ipynb #beb14b87
+# %% ../../nbs/01_data/00_imageset.ipynb #cd92cd30
 def _take(values, ids): return None if values is None else [values[i] for i in ids]
+
+
+def _index(ids) -> np.ndarray:
+    "Indices as an array that can index, also where there is none."
+    ids = np.asarray(ids)
+    return ids if ids.size else ids.astype(int)
 
 
 @patch
@@ -206,7 +247,7 @@ def ids(self:ImageSet,
 @patch
 def subset(self:ImageSet, ids) -> ImageSet:
     "A set of the pictures `ids`, in that order."
-    ids = np.asarray(ids)
+    ids = _index(ids)
     images = _take(self.images, ids) if isinstance(self.images, list) else self.images[ids]
     pick = lambda parts: {k: v[ids] for k, v in parts.items()}
     return ImageSet(images, self.info, labels=pick(self.labels), masks=pick(self.masks), boxes=_take(self.boxes, ids),
@@ -219,7 +260,7 @@ def batch(self:ImageSet,
 ) -> Batch:
     "Pictures `ids` as a tensor `(B, C, *spatial)` in the stored type, with all that is known about them."
     import torch
-    ids = np.asarray(ids)
+    ids = _index(ids)
     images = _take(self.images, ids) if isinstance(self.images, list) else self.images[ids]
     sizes = {x.shape for x in images} if isinstance(images, list) else ()
     require(len(sizes) < 2, f"pictures {ids.tolist()[:4]}... differ in size {sorted(sizes)[:2]}: load the set with one size")
@@ -227,7 +268,7 @@ def batch(self:ImageSet,
     return Batch(torch.from_numpy(np.stack(images) if isinstance(images, list) else images), ids, self.table.iloc[ids],
                  pick(self.labels), pick(self.masks), _take(self.boxes, ids), pick(self.targets))
 
-# %% ../../nbs/01_data/00_imageset.ipynb #cd92cd30
+# %% ../../nbs/01_data/00_imageset.ipynb #3d3a3617
 @patch
 def budget(self:ImageSet,
     k: "int|float",        # number of pictures (int) or share of the split (float in (0, 1])
@@ -245,7 +286,7 @@ def budget(self:ImageSet,
     turn = patients.groupby(patients).cumcount()                       # first, second, ... picture of its patient
     return drawn[np.lexsort((patients.map(rank), turn))][:n]
 
-# %% ../../nbs/01_data/00_imageset.ipynb #3d3a3617
+# %% ../../nbs/01_data/00_imageset.ipynb #094cd362
 def _mirror_key(x: np.ndarray) -> bytes:
     "The same bytes for a picture and all its mirror images."
     d = x.ndim - 1
@@ -263,7 +304,7 @@ def leaks(self:ImageSet) -> list:
         if a != b: found.append(f"picture {i} ({b}) equals picture {j} ({a}) up to mirroring: remove one of them")
     return found
 
-# %% ../../nbs/01_data/00_imageset.ipynb #094cd362
+# %% ../../nbs/01_data/00_imageset.ipynb #62610625
 OUTLINES = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167))  # Okabe and Ito, safe for the colour-blind
 
 
@@ -272,7 +313,7 @@ def _rgb(x: np.ndarray) -> np.ndarray:
     while x.ndim > 3: x = x[:, x.shape[1] // 2]
     x = x[:3] if len(x) >= 3 else x[:1].repeat(3, 0)
     if x.dtype != np.uint8:
-        low, high = (0., 1.) if x.min() >= 0 and x.max() <= 1 else (x.min(), x.max())  # floats in 0..1 keep their scale
+        low, high = (0., 1.) if x.dtype.kind == "f" else (x.min(), x.max())  # floats keep their scale
         x = ((x.astype(np.float32) - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
     return x.transpose(1, 2, 0)
 
@@ -301,26 +342,38 @@ def _tile(set, i, scale, masks, boxes) -> np.ndarray:
     return rgb
 
 
+def _light(sheet: np.ndarray):
+    "A sheet `(y, x, 3)` as a PIL image of 52 greys and the outline colours, or of 64 colours where its pictures have colours of their own."
+    from PIL import Image
+    index = sheet[..., 0] // 5
+    for k, c in enumerate(OUTLINES): index[(sheet == c).all(-1)] = 52 + k
+    if not ((index > 51) | (sheet == sheet[..., :1]).all(-1)).all():
+        return Image.fromarray(sheet).quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    image = Image.fromarray(index)
+    image.putpalette([v for grey in range(0, 256, 5) for v in [grey] * 3] + [v for c in OUTLINES for v in c])
+    return image
+
+
 @patch
 def show(self:ImageSet,
-    ids=range(8),         # which pictures
+    ids=None,             # which pictures; the first eight by default
     columns: int = 8,     # pictures in a row
     scale: int = 2,       # enlargement, in whole pixels
     masks: bool = True,   # outline the masks
     boxes: bool = True,   # draw the boxes
 ):
     "The pictures `ids` as one PIL image."
-    from PIL import Image
-    tiles = [_tile(self, i, scale, masks, boxes) for i in list(ids)]
+    tiles = [_tile(self, i, scale, masks, boxes) for i in (range(min(8, len(self))) if ids is None else ids)]
+    require(len(tiles) > 0, f"set {self.info.name!r}: no picture was chosen to show, give at least one index")
     h, w = (max(t.shape[a] for t in tiles) for a in (0, 1))
     rows = -(-len(tiles) // columns)
     sheet = np.full((rows * (h + 2), min(columns, len(tiles)) * (w + 2), 3), 255, np.uint8)
     for n, t in enumerate(tiles):
         y, x = n // columns * (h + 2), n % columns * (w + 2)
         sheet[y:y + t.shape[0], x:x + t.shape[1]] = t
-    return Image.fromarray(sheet).quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # 64 colours keep notebooks small
+    return _light(sheet)
 
-# %% ../../nbs/01_data/00_imageset.ipynb #62610625
+# %% ../../nbs/01_data/00_imageset.ipynb #81462cc4
 def _box_arrays(boxes, dims):
     "Boxes of all pictures as one array and a count per picture, -1 where not annotated."
     counts = np.array([-1 if b is None else len(b) for b in boxes])
@@ -333,32 +386,56 @@ def _boxes_from(rows, counts):
     return [None if c < 0 else rows[e - c:e] for c, e in zip(counts, ends)]
 
 
+def _text_columns(table) -> list:
+    "Names of the columns that hold text and gaps alone."
+    return [c for c in table if pd.api.types.infer_dtype(table[c].astype(object), skipna=True) == "string"]
+
+
 @patch
 def save(self:ImageSet, folder) -> Path:
     "Write the set to `folder`; equal sets give equal bytes."
-    folder = Path(folder)
+    folder, packed = Path(folder), BytesIO()
     require(self.spatial is not None, f"{folder}: a set of pictures of different sizes cannot be saved, resize them first")
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {"images": self.images}
     for kind in ("labels", "masks", "targets"): parts |= {f"{kind}/{k}": v for k, v in getattr(self, kind).items()}
     if self.boxes is not None: parts["boxes"], parts["boxes_count"] = _box_arrays(self.boxes, self.dims)
-    np.savez_compressed(folder / "arrays.npz", **parts)
-    self.table.to_csv(folder / "table.csv", index=False, float_format="%.9g", lineterminator="\n")
-    write_json(folder / "info.json", asdict(self.info) | {"sha256": self.sha256})
+    np.savez_compressed(packed, **parts)
+    write_atomic(folder / "arrays.npz", packed.getbuffer())
+    write_atomic(folder / "table.csv", self.table.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+    write_json(folder / "info.json", asdict(self.info) | {"sha256": self.sha256, "text": _text_columns(self.table)})
     return folder
+
+# %% ../../nbs/01_data/00_imageset.ipynb #711f15af
+def _reading(file, read):
+    "What `read(file)` gives; a file that is missing or damaged is an `InputError` that names it."
+    try: return read(file)
+    except InputError: raise
+    except Exception as e: raise InputError(f"{file} is missing or damaged ({type(e).__name__}): save the set again") from e
+
+
+def _read_info(file):
+    "`Info`, the sha256 of the set and its columns of text."
+    info = read_json(file)
+    stored, text = info.pop("sha256", None), info.pop("text", ["patient", "split", "site", "volume"])
+    return Info(**info), stored, dict.fromkeys(text, str)
+
+
+def _read_arrays(file) -> dict:
+    "Pictures and truth, as `ImageSet` takes them."
+    with np.load(file, allow_pickle=False) as f: parts = {k: f[k] for k in f.files}
+    named = lambda kind: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{kind}/")}
+    boxes = _boxes_from(parts["boxes"], parts["boxes_count"]) if "boxes" in parts else None
+    return {"images": parts["images"], "boxes": boxes} | {k: named(k) for k in ("labels", "masks", "targets")}
 
 
 @patch(cls_method=True)
 def load(cls:ImageSet, folder) -> ImageSet:
-    "Read a set written by `save`; raises `InputError` when a file is missing or was changed."
+    "Read a set written by `save`; raises `InputError` when a file is missing, damaged or was changed."
     folder = Path(folder)
-    info = read_json(folder / "info.json")
-    require((folder / "arrays.npz").is_file() and (folder / "table.csv").is_file(), f"{folder}: arrays.npz or table.csv is missing: save the set again")
-    stored = info.pop("sha256", None)
-    with np.load(folder / "arrays.npz", allow_pickle=False) as f: parts = {k: f[k] for k in f.files}
-    named = lambda kind: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{kind}/")}
-    boxes = _boxes_from(parts["boxes"], parts["boxes_count"]) if "boxes" in parts else None
-    table = pd.read_csv(folder / "table.csv", dtype={"patient": str, "split": str, "site": str, "volume": str}, keep_default_na=False, na_values=[""])
-    found = cls(parts["images"], Info(**info), labels=named("labels"), masks=named("masks"), boxes=boxes, targets=named("targets"), table=table)
+    info, stored, text = _reading(folder / "info.json", _read_info)
+    parts = _reading(folder / "arrays.npz", _read_arrays)
+    table = _reading(folder / "table.csv", lambda file: pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""]))
+    try: found = cls(info=info, table=table, **parts)
+    except InputError as e: raise InputError(f"{folder}: arrays.npz, table.csv and info.json do not fit together ({e}): save the set again") from e
     require(stored in (None, found.sha256), f"{folder}: contents do not match the sha256 in info.json: the files were changed, make the set again")
     return found

@@ -6,7 +6,7 @@
 __all__ = ['DIVERGING', 'verdict_counts', 'matrix_heatmap', 'forest', 'factor_profile', 'direction', 'outcome_of',
            'comparisons_plot', 'loss_curves', 'budget_table']
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #271b2ebb
+# %% ../../nbs/08_figures/01_matrix.ipynb #58a30d70
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -32,7 +32,7 @@ from tasl_lab.figures.style import (
     wrap,
 )
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #1f098898
+# %% ../../nbs/08_figures/01_matrix.ipynb #e74c041a
 def _need(
     table,              # DataFrame
     columns,            # names that must be there
@@ -54,7 +54,7 @@ def _cells(table, against):
 
 def _unique(values): return list(dict.fromkeys(values))
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #bce8260c
+# %% ../../nbs/08_figures/01_matrix.ipynb #736bfe12
 def verdict_counts(
     cells,                    # the cells table
     against: str = "random",  # "random" or "supervised"
@@ -74,7 +74,7 @@ def _counts_in_words(cells, against):
     def count(r): return ", ".join(f"{r[w]} {w}" for w in VERDICTS if r[w]) or "nothing compared"
     return " ".join(f"{r['data']}, {r['arm']}: {count(r)}." for r in verdict_counts(cells, against).to_dict("records"))
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #4a4a76b1
+# %% ../../nbs/08_figures/01_matrix.ipynb #41644877
 DIVERGING = [[0, "#B35806"], [.25, "#F1A340"], [.42, "#FEE0B6"], [.5, "#F7F7F7"], [.58, "#D8E6F3"], [.75, "#67A9CF"], [1, "#2166AC"]]
 
 
@@ -90,7 +90,7 @@ def _cell_text(row, against):
     if not word: return f"{row['mean']:.3f}<br>reference" if row["arm"] == against else f"{row['mean']:.3f}"
     return f"{number(row[f'vs_{against}'])}<br>{word if word == 'uninformative' else signed(word)}"
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #26419297
+# %% ../../nbs/08_figures/01_matrix.ipynb #3f48553a
 def _panels(cells):
     "(data, budget, rows) of every panel, in the order of the table."
     return [(d, b, part) for d in _unique(cells.data) for b, part in cells[cells.data == d].groupby("budget", sort=True)]
@@ -128,7 +128,7 @@ def _matrix_panel(fig, part, arms, against, row, col, limit):
                              hovertemplate="%{z:+.3f}<extra></extra>"), row, col)
     discrete(fig, row, col, [_task_text(*t) for t in tasks], [wrap(a, 20) for a in arms])
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #8e03cc60
+# %% ../../nbs/08_figures/01_matrix.ipynb #06c435ec
 def _color_bar(title, **more):
     "A colour bar at the right with its title along it."
     return dict(title=dict(text=title, side="right", font=dict(size=13)), thickness=14, tickfont=dict(size=13), outlinewidth=0,
@@ -155,7 +155,7 @@ def matrix_heatmap(
                  "to see a difference. An undecided cell is not a tie.", plot_height=total, bottom=84, top=48,
                  alt=f"Heat map of differences from {against}. {_counts_in_words(cells, against)}")
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #f2bb947c
+# %% ../../nbs/08_figures/01_matrix.ipynb #f58ad69a
 def _interval(fig, row, col, at, d, low, high, color, symbol, **more):
     "One marker with its interval, at height `at` of a panel."
     fig.add_trace(go.Scatter(
@@ -178,7 +178,7 @@ def _span(values, before=.05, after=.05):
     low, high = np.nanmin(values), np.nanmax(values)
     return [low - before * (high - low), high + after * (high - low)]
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #4edd94c3
+# %% ../../nbs/08_figures/01_matrix.ipynb #1e0be846
 def _forest_panel(fig, part, arms, look, against, margin, row, col):
     "Draw one panel: an interval per arm and its verdict at the right."
     x, y = axes_of(fig, row, col)
@@ -201,7 +201,7 @@ def _forest_grid(cells):
     columns = min(2, max(map(len, groups)))
     return [g[k:k + columns] for g in groups for k in range(0, len(g), columns)], columns
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #f537e07f
+# %% ../../nbs/08_figures/01_matrix.ipynb #d904f9d6
 def forest(
     cells,                        # the cells table
     against: str = "random",      # "random" or "supervised"
@@ -225,7 +225,7 @@ def forest(
                  "and out of the band: undecided, not a tie.", plot_height=total, bottom=64, top=48,
                  alt=f"Forest plot of differences from {against} with 95 % intervals. {_counts_in_words(cells, against)}")
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #122c205f
+# %% ../../nbs/08_figures/01_matrix.ipynb #e9d0aaf5
 def _factor_panel(fig, part, arms, row):
     "Draw the factors of one data set."
     keys = _unique(zip(part.factor, part.metric))
@@ -245,7 +245,7 @@ def _best_in_words(factors):
     best = factors.loc[factors.groupby(["data", "factor"], sort=False)["mean"].idxmax()]
     return " ".join(f"{r['data']}, {r['factor']}: highest mean {r['mean']:.2f} with {r['arm']}." for r in best.to_dict("records"))
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #6aa9a900
+# %% ../../nbs/08_figures/01_matrix.ipynb #02a26896
 def factor_profile(
     factors,  # the factors table: data, arm, factor, metric, mean, low, high
 ) -> go.Figure:
@@ -261,7 +261,7 @@ def factor_profile(
                  "Values below zero get the colour of zero.", plot_height=total, bottom=72, top=30,
                  alt=f"Heat map of decoded factors. {_best_in_words(factors)}")
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #60557c78
+# %% ../../nbs/08_figures/01_matrix.ipynb #10df2485
 _OUTCOMES = {"as expected": (OKABE_ITO["blue"], "circle"), "opposite": (OKABE_ITO["vermillion"], "square"),
              "not shown": (GREY, "diamond-open")}
 _WHERE = {1: "expected: right of zero ▶", -1: "expected: ◀ left of zero", 0: "no expectation stated"}
@@ -287,7 +287,7 @@ def outcome_of(
     if not side: return "not shown"
     return "opposite" if expected and side != expected else "as expected" if expected else "a difference"
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #d456cadf
+# %% ../../nbs/08_figures/01_matrix.ipynb #96b88bc6
 def _comparison_name(r):
     "What was expected, in words."
     sign = {1: "&gt;", -1: "&lt;", 0: "against"}[direction(r["expected"], r["a"], r["b"])]
@@ -303,13 +303,13 @@ def _comparison(fig, i, r):
     "Draw row `i`: marker, interval, where the expectation lies, and how it came out."
     color, symbol = _OUTCOMES.get(outcome_of(r), (INK, "circle-open"))
     _interval(fig, 1, 1, i, r["diff"], r["low"], r["high"], color, symbol)
-    p = f" (corrected p {r['p_holm']:.2g})" if np.isfinite(r.get("p_holm", np.nan)) else ""
+    p = f" (p {r['p_holm']:.2g})" if np.isfinite(r.get("p_holm", np.nan)) else ""
     arrow = _WHERE[direction(r["expected"], r["a"], r["b"])]
     fig.add_annotation(x=1.01, xref="paper", xanchor="left", y=i, text=f"{arrow}<br><b>{wrap(_said(r), 30)}</b>{p}", align="left")
     name = f"{r['factor']} on {r['data']}, {r['a']} minus {r['b']}"
     return f"{name}: {number(r['diff'])} [{number(r['low'])}, {number(r['high'])}], {_said(r)}."
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #7a9483dd
+# %% ../../nbs/08_figures/01_matrix.ipynb #134cc856
 def comparisons_plot(
     comparisons,  # the comparisons table: data, factor, a, b, expected, diff, low, high (corrected), and p_holm, outcome if there
 ) -> go.Figure:
@@ -321,11 +321,11 @@ def comparisons_plot(
     discrete(fig, 1, 1, ys=[_comparison_name(r) for r in table.to_dict("records")], edge=.6)
     fig.update_xaxes(title_text="a minus b, in the metric of the factor (R² or accuracy, no unit)", tickformat="+.2f", zeroline=False,
                      range=_span([*table.low, *table.high, -.02, .02], .08, .08))
-    return apply(fig, "Comparisons named beforehand", "Intervals are corrected for how many comparisons there are. Circle: as expected; "
+    return apply(fig, "Comparisons named beforehand", "Intervals (Bonferroni) and p (Holm) are corrected for their number. Circle: as expected; "
                  "square: the opposite; open diamond: no difference shown.", plot_height=58 * len(table) + 20, bottom=64, right=270, top=16,
                  alt=" ".join(words))
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #5aa42481
+# %% ../../nbs/08_figures/01_matrix.ipynb #83f35b83
 def _thin(run, bins=150):
     "At most `bins` rows of one run: means over equal stretches of steps."
     run = run.sort_values("step")
@@ -346,7 +346,7 @@ def _curve_panel(fig, part, look, row, col):
     fig.update_yaxes(title_text="loss (own unit)", row=row, col=col, nticks=6)
     return f"from {mean.loss.iloc[0]:.3g} to {mean.loss.iloc[-1]:.3g}"
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #58c00263
+# %% ../../nbs/08_figures/01_matrix.ipynb #9f2afc11
 def loss_curves(
     history,  # one row per step of every run: arm, seed, step, pictures, loss, and data if there are several data sets
 ) -> go.Figure:
@@ -364,7 +364,7 @@ def loss_curves(
     return apply(fig, "Training curves", "Thin lines are seeds, the thick line is their mean. Losses of different objectives cannot be "
                  "compared.", plot_height=total, top=48, bottom=64, alt="Training loss. " + " ".join(words))
 
-# %% ../../nbs/08_figures/01_matrix.ipynb #7ace9b5c
+# %% ../../nbs/08_figures/01_matrix.ipynb #20404e67
 def budget_table(
     runs,  # one row per run: arm, seed, pictures, seconds, steps, and optionally data
 ) -> pd.DataFrame:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'Loss', 'Memo', 'Objective', 'family']
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #681056ba
+# %% ../../nbs/04_objectives/01_contract.ipynb #6ca6b76d
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from ..data.imageset import Batch, Info
 from ..encoders import Features
 from ..views import View, ViewSpec, make_views, to_float
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #0ef6ebad
+# %% ../../nbs/04_objectives/01_contract.ipynb #a403d7ff
 @dataclass(frozen=True)
 class Plan:
     "What an objective must know of the run it is made for."
@@ -33,7 +33,7 @@ class Loss:
     total: torch.Tensor
     parts: dict = field(default_factory=dict)  # name -> scalar tensor, unweighted
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #fbfe5304
+# %% ../../nbs/04_objectives/01_contract.ipynb #e0323a25
 class Memo:
     "Views and features of the current step, shared by the terms of a hybrid."
     def __init__(self): self.clear()
@@ -46,13 +46,14 @@ class Memo:
         return self.views[key]
 
     def encode(self, encoder, view, mode):
-        key = (id(view.x), None if mode == "whole" else id(view.mask), mode)
+        mask = None if mode == "whole" else view.mask
+        key = (id(view.x), id(mask), mode, torch.is_grad_enabled(), encoder.training)
         if key not in self.features:
-            self.features[key] = encoder(view.x, None if mode == "whole" else view.mask, mode)
+            self.features[key] = encoder(view.x, mask, mode), view.x, mask  # kept, so that no other tensor takes their place in memory
             self.pictures += len(view.x)
-        return self.features[key]
+        return self.features[key][0]
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #28f38d16
+# %% ../../nbs/04_objectives/01_contract.ipynb #52a2bd1e
 class Objective(nn.Module):
     "Base of all objectives: views from a batch, a loss from views."
     def __init__(self, encoder, info: Info, plan: Plan):
@@ -86,9 +87,10 @@ class Objective(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no loss")
 
     def param_groups(self) -> list:
-        "Parameter groups: biases, norms and single tokens go without weight decay."
-        named = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": [p for p in named if p.ndim > 1]}, {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.}]
+        "Parameter groups: biases, norms, tokens and positions go without weight decay."
+        trained = [p for p in self.parameters() if p.requires_grad]
+        free = lambda p: p.ndim <= 1 or len(p) == 1  # tokens and positions are (1, ...)
+        return [{"params": [p for p in trained if not free(p)]}, {"params": [p for p in trained if free(p)], "weight_decay": 0.}]
 
     def after_step(self, progress: float) -> None:
         "Called after each optimiser step: teachers and queues move here."

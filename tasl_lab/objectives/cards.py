@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PARADIGMS', 'CARDS', 'ALIASES', 'Card', 'parse_spec']
 
-# %% ../../nbs/04_objectives/00_cards.ipynb #910a48e2
+# %% ../../nbs/04_objectives/00_cards.ipynb #72fd01cb
 import re
 from dataclasses import dataclass, field
 
 from ..core import InputError, require
 
-# %% ../../nbs/04_objectives/00_cards.ipynb #2c11d7ec
+# %% ../../nbs/04_objectives/00_cards.ipynb #4891fee1
 PARADIGMS = ("contrastive", "non-contrastive and predictive", "generative and reconstruction", "hybrid")
 
 
@@ -55,12 +55,12 @@ CARDS = {c.id: c for c in (
          invariant=("mild crops",), destroys=("lesions that lie wholly under the mask, in that step",),
          needs=("a CNN with several levels",), encoders=("CNN",),
          suits={"segmentation": "arXiv:2410.23132", "detection": "arXiv:2509.15947"},
-         defaults={"lr": 2e-3, "ratio": .6, "unit": 8},
+         defaults={"lr": 2e-3, "ratio": .6, "unit": 8, "normalize": False},
          paper={"ratio": .6, "unit": 32, "normalize": True, "optimizer": "LAMB", "lr": "2e-4*batch/256"}),
 )}
 ALIASES = {"masked": {"CNN": "spark", "ViT": "mae"}}  # one name, resolved by the encoder
 
-# %% ../../nbs/04_objectives/00_cards.ipynb #df7a8c9b
+# %% ../../nbs/04_objectives/00_cards.ipynb #8c3a10b4
 def _term(spec: str, text: str) -> "tuple[float, str]":
     "Weight and id of one term."
     weight, _, name = text.rpartition("*")
@@ -68,7 +68,7 @@ def _term(spec: str, text: str) -> "tuple[float, str]":
     require(name in known, f"objective {name!r} in {spec!r} is unknown: use one of {', '.join(known)}, or a sum such as simclr+0.5*masked")
     try: value = float(weight or 1)
     except ValueError as e: raise InputError(f"weight {weight!r} in {spec!r} is not a number: write for instance simclr+0.5*masked") from e
-    require(value > 0, f"weight {value:g} of {name!r} in {spec!r} must be above zero: leave the term out instead")
+    require(0 < value < float("inf"), f"weight {value:g} of {name!r} in {spec!r} must be a number above zero: leave the term out instead")
     return value, name
 
 

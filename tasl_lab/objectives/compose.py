@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hybrid', 'make', 'gradient_agreement']
 
-# %% ../../nbs/04_objectives/04_compose.ipynb #6affc65a
+# %% ../../nbs/04_objectives/04_compose.ipynb #4b013be1
 from importlib import import_module
 
 import torch
@@ -16,7 +16,7 @@ from ..data.imageset import Info
 from .base import Loss, Objective, Plan, family
 from .cards import CARDS, parse_spec
 
-# %% ../../nbs/04_objectives/04_compose.ipynb #4b5a21d4
+# %% ../../nbs/04_objectives/04_compose.ipynb #62de34ff
 class Hybrid(Objective):
     "A weighted sum of objectives on one encoder."
     def __init__(self, encoder, info, plan, terms):
@@ -42,7 +42,7 @@ class Hybrid(Objective):
     def after_step(self, progress):
         for o in self.terms.values(): o.after_step(progress)
 
-# %% ../../nbs/04_objectives/04_compose.ipynb #736adf23
+# %% ../../nbs/04_objectives/04_compose.ipynb #96ff9209
 def _make_one(name, encoder, info, plan, options):
     "One objective by its id."
     card = CARDS[name]
@@ -72,7 +72,7 @@ def make(
     if len(made) == 1 and made[0][0] == 1: return made[0][2]
     return Hybrid(encoder, info, plan, made)
 
-# %% ../../nbs/04_objectives/04_compose.ipynb #3557d8f7
+# %% ../../nbs/04_objectives/04_compose.ipynb #f2315699
 def gradient_agreement(
     loss: Loss,  # of a hybrid, before backward
     encoder,     # shared by the terms

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'contrastive_recipe', 'gather', 'nt_xent', 'GatheredNorm', 'projector', 'SimCLR']
 
-# %% ../../nbs/04_objectives/02_contrastive.ipynb #f8359de2
+# %% ../../nbs/04_objectives/02_contrastive.ipynb #4c38578a
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +14,7 @@ from ..core import require
 from .base import Loss, Objective
 from ..views import ViewSpec
 
-# %% ../../nbs/04_objectives/02_contrastive.ipynb #9404ca1c
+# %% ../../nbs/04_objectives/02_contrastive.ipynb #0b598ef9
 _GENTLE = dict(scale=(.4, 1.), ratio=1.2)
 RECIPES = {
     "xray": ViewSpec(scale=(.6, 1.), ratio=1.1, brightness=.08, contrast=.2),
@@ -33,7 +33,7 @@ def contrastive_recipe(
     "How a picture of this modality may be varied without becoming another."
     return RECIPES.get(modality, RECIPES["generic"])
 
-# %% ../../nbs/04_objectives/02_contrastive.ipynb #20ba7c48
+# %% ../../nbs/04_objectives/02_contrastive.ipynb #a0d6eb4e
 def gather(
     z,  # (B, D) of this process
 ):
@@ -54,11 +54,12 @@ def nt_xent(
     n, mine = len(every) // 2, len(a)
     start = torch.distributed.get_rank() * mine if n != mine else 0
     first = torch.arange(start, start + mine, device=a.device)
-    logits = torch.cat([a, b]) @ every.T / temperature                         # (2B, 2N)
+    with torch.autocast(a.device.type, enabled=False):                         # similarities need more digits than bf16 has
+        logits = torch.cat([a, b]) @ every.T / temperature                     # (2B, 2N)
     logits[torch.arange(2 * mine, device=a.device), torch.cat([first, first + n])] = -torch.inf
     return F.cross_entropy(logits, torch.cat([first + n, first]))
 
-# %% ../../nbs/04_objectives/02_contrastive.ipynb #1d4248aa
+# %% ../../nbs/04_objectives/02_contrastive.ipynb #0f362fd2
 class GatheredNorm(nn.Module):
     "Batch norm (arXiv:1502.03167) over the pictures of all processes; heads only, so it keeps no running statistics."
     def __init__(self, width, eps=1e-5):
@@ -76,7 +77,7 @@ def projector(width, hidden, out):
     "Two-layer head (width -> hidden -> out) with a norm over the batch."
     return nn.Sequential(nn.Linear(width, hidden), GatheredNorm(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
-# %% ../../nbs/04_objectives/02_contrastive.ipynb #0a0a4e44
+# %% ../../nbs/04_objectives/02_contrastive.ipynb #dfe86cc4
 class SimCLR(Objective):
     "Simple contrastive learning (arXiv:2002.05709) on two views per picture."
     def __init__(self, encoder, info, plan, temperature=.2, projection=128):

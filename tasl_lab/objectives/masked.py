@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['MILD', 'masked_error', 'Masked', 'MAE', 'SparK']
 
-# %% ../../nbs/04_objectives/03_masked.ipynb #5cc5d2b7
+# %% ../../nbs/04_objectives/03_masked.ipynb #c766f508
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,7 @@ from ..encoders import fold, sincos, spread, unfold
 from .base import Loss, Objective, family
 from ..views import ViewSpec, draw_mask
 
-# %% ../../nbs/04_objectives/03_masked.ipynb #af29db65
+# %% ../../nbs/04_objectives/03_masked.ipynb #1156cfa5
 MILD = {"xray": ViewSpec(scale=(.6, 1.))}  # no mirroring where side carries meaning
 
 
@@ -31,7 +33,7 @@ def masked_error(
     if normalize: b = (b - b.mean(1, keepdim=True)) / (b.var(1, keepdim=True) + 1e-6).sqrt()
     return F.mse_loss(a, b)
 
-# %% ../../nbs/04_objectives/03_masked.ipynb #5e4ea814
+# %% ../../nbs/04_objectives/03_masked.ipynb #7349b964
 class Masked(Objective):
     "What all masked objectives share: a mild view, a mask, a reconstruction."
     def __init__(self, encoder, info, plan, ratio, unit, normalize=False):
@@ -48,7 +50,8 @@ class Masked(Objective):
         views = super()._views(batch, step)
         for k, v in enumerate(views):
             grid, key = [n // self.unit for n in v.x.shape[2:]], (self.plan.seed, step, k)
-            v.mask = draw_mask(len(v.x), grid, self.ratio, *key, rank=self.plan.rank, world=self.plan.world).to(v.x.device)
+            mask = draw_mask(len(v.x), grid, self.ratio, *key, rank=self.plan.rank, world=self.plan.world)
+            views[k] = replace(v, mask=mask.to(v.x.device))  # the view itself may be another term's too
         return views
 
     def forward(self, views, progress):
@@ -59,7 +62,7 @@ class Masked(Objective):
         "The whole picture as restored from its visible part, (B, C, *spatial)."
         raise TypeError(f"{type(self).__name__} defines no reconstruction")
 
-# %% ../../nbs/04_objectives/03_masked.ipynb #0aef507f
+# %% ../../nbs/04_objectives/03_masked.ipynb #8e51a4c8
 class MAE(Masked):
     "Masked autoencoder (arXiv:2111.06377) on a ViT."
     def __init__(self, encoder, info, plan, ratio=.75, normalize=False, decoder=64, depth=2):
@@ -81,7 +84,7 @@ class MAE(Masked):
         patches = self.pixels(self.blocks(x + self.position)).transpose(1, 2)                   # (B, C*p^d, T)
         return unfold(patches.reshape(len(x), -1, *[n // self.unit for n in view.x.shape[2:]]), self.unit)
 
-# %% ../../nbs/04_objectives/03_masked.ipynb #af1e64cf
+# %% ../../nbs/04_objectives/03_masked.ipynb #de7bd116
 class SparK(Masked):
     "Masked modelling for convolutional encoders (arXiv:2301.03580)."
     def __init__(self, encoder, info, plan, ratio=.6, unit=8, normalize=False):
@@ -97,16 +100,17 @@ class SparK(Masked):
         self.mix = nn.Sequential(conv(widths[0], widths[0], 3, padding=1), nn.GroupNorm(8, widths[0]), nn.GELU())
         self.pixels = conv(widths[0], encoder.net.conv_init.in_channels, 1)
 
-    def _fill(self, level, m, mask):
+    def _fill(self, level, m, mask, finest):
         "Map of a level with its holes filled by the level's token, in decoder width."
         pool = F.adaptive_max_pool2d if m.ndim == 4 else F.adaptive_max_pool3d
-        visible = pool((~mask).unsqueeze(1).float(), m.shape[2:]) if m.shape[2] < mask.shape[1] else (~spread(mask, m.shape[2:])).unsqueeze(1)
+        visible = pool((~spread(mask, finest)).unsqueeze(1).float(), m.shape[2:])
         token = self.tokens[level].to(m.dtype).reshape(1, -1, *[1] * (m.ndim - 2))
         return self.join[level](torch.where(visible.bool(), m, token))
 
     def reconstruct(self, view):
         maps = self.encode(view, "sparse").maps
-        x = self._fill(len(maps) - 1, maps[-1], view.mask)
+        fill = lambda level: self._fill(level, maps[level], view.mask, maps[0].shape[2:])
+        x = fill(len(maps) - 1)
         for level in reversed(range(len(maps) - 1)):
-            x = self.up[level](F.interpolate(x, scale_factor=2., mode="nearest")) + self._fill(level, maps[level], view.mask)
+            x = self.up[level](F.interpolate(x, scale_factor=2., mode="nearest")) + fill(level)
         return unfold(self.pixels(self.mix(x)), self.encoder.strides[0])

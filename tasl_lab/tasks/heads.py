@@ -51,8 +51,19 @@ class LinearHead(nn.Module):
 
 
 class PooledHead(LinearHead):
-    "A linear layer on the pooled vector."
-    def forward(self, f: Features, size=None): return self.standard(f.pooled.float()) @ self.weight + self.bias  # (B, outputs)
+    "A linear layer on the pooled vector; in training mode its standardisation follows the features, as batch norm (arXiv:1502.03167)."
+    def forward(self, f: Features, size=None):  # (B, outputs)
+        x = f.pooled.float()
+        x = self._follow(x) if self.training and len(x) > 1 else self.standard(x)
+        return x @ self.weight + self.bias
+
+    def _follow(self, x, pace=.1):
+        "Standardised by the batch; what is stored moves towards it."
+        std, mean = torch.std_mean(x, 0, correction=0)
+        with torch.no_grad():
+            self.mean.lerp_(mean, pace)
+            self.std.lerp_(std + 1e-5, pace)
+        return (x - mean) / (std + 1e-5)
 
 # %% ../../nbs/06_tasks/02_heads.ipynb #30254fbc
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
