@@ -118,7 +118,8 @@ def save_checkpoint(
     tensors = {f"model.{k}": v for k, v in run.objective.state_dict().items()}
     for i, s in run.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v for k, v in s.items()}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    return write_atomic(path, save(tensors, {"step": str(state.step), "seconds": repr(state.seconds), "config": run.config.model_dump_json(), "data": run.data.sha256}))
+    header = {"step": str(state.step), "seconds": repr(state.seconds), "config": run.config.model_dump_json(), "data": run.data.sha256}
+    return write_atomic(path, save(tensors, header))
 
 
 def load_checkpoint(
@@ -276,5 +277,8 @@ def _each(calls, workers):
         yield from (_do(*c) for c in calls)
         return
     from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky import get_reusable_executor
     with parallel_config(backend="loky", inner_max_num_threads=1):
-        yield from Parallel(n_jobs=min(workers, len(calls)), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")(delayed(_do)(*c) for c in calls)
+        pool = Parallel(n_jobs=min(workers, len(calls)), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
+        try: yield from pool(delayed(_do)(*c) for c in calls)
+        finally: get_reusable_executor().shutdown(wait=True)  # idle processes would hold their memory for minutes

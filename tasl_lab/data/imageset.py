@@ -127,7 +127,7 @@ def _check_box(i, b, shape, k):
         start, stop, c = row[:d], row[d:2 * d], row[-1]
         where = f"boxes[{i}][{j}] {row.tolist()}"
         require(np.isfinite(row).all() and (stop > start).all(), f"{where} has no size: starts must lie below stops; leave it out or correct it")
-        require((start >= 0).all() and (stop <= shape).all(), f"{where} reaches outside the picture {tuple(shape)}: clip or correct it")
+        require((start >= 0).all() and (stop <= shape).all(), f"{where} reaches outside the picture {tuple(shape.tolist())}: clip or correct it")
         require(0 <= c < k and c == int(c), f"{where} has class {c:g}: allowed are 0 to {k - 1}")
     return b
 

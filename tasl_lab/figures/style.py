@@ -7,7 +7,7 @@ __all__ = ['OKABE_ITO', 'GREY', 'PALE', 'INK', 'SYMBOLS', 'DASHES', 'VERDICTS', 
            'verdict_of', 'number', 'signed', 'safe', 'metric_name', 'wrap', 'apply', 'alt', 'stack', 'axes_of',
            'panel_title', 'discrete', 'browser_path', 'to_png', 'preview']
 
-# %% ../../nbs/08_figures/00_style.ipynb #2931525b
+# %% ../../nbs/08_figures/00_style.ipynb #90d69d08
 import textwrap
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 
 from ..core import InputError, require, write_atomic
 
-# %% ../../nbs/08_figures/00_style.ipynb #d1a08bd3
+# %% ../../nbs/08_figures/00_style.ipynb #5f3f45be
 OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "purple": "#CC79A7",
              "sky": "#56B4E9", "orange": "#E69F00", "black": "#000000", "yellow": "#F0E442"}
 GREY, PALE, INK = "#6B7280", "#E5E7EB", "#1F2937"  # controls, grids, text
@@ -25,9 +25,10 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _HUES = [OKABE_ITO[k] for k in ("blue", "vermillion", "green", "purple", "sky", "orange", "yellow")]
 _CONTROLS = {"random": {"color": GREY, "symbol": "x", "dash": "dot"},
              "supervised": {"color": OKABE_ITO["black"], "symbol": "star", "dash": "longdash"}}
-_HOME = {"simclr": 0, "masked": 1, "spark": 1, "mae": 1, "simclr+0.5*masked": 2, "simclr+0.5*spark": 2, "simclr+0.5*mae": 2}  # these keep their look from figure to figure
+# these keep their look from figure to figure
+_HOME = {"simclr": 0, "masked": 1, "spark": 1, "mae": 1, "simclr+0.5*masked": 2, "simclr+0.5*spark": 2, "simclr+0.5*mae": 2}
 
-# %% ../../nbs/08_figures/00_style.ipynb #675112b7
+# %% ../../nbs/08_figures/00_style.ipynb #7b73fdd6
 def looks(
     arms,  # names, in the order in which they shall be shown
 ) -> dict[str, dict]:
@@ -41,7 +42,7 @@ def looks(
     def look(i): return {"color": _HUES[i % len(_HUES)], "symbol": SYMBOLS[i % len(SYMBOLS)], "dash": DASHES[i % len(DASHES)]}
     return {a: _CONTROLS.get(a) or look(found[a]) for a in arms}
 
-# %% ../../nbs/08_figures/00_style.ipynb #ccfe8cb3
+# %% ../../nbs/08_figures/00_style.ipynb #cee35f65
 VERDICTS = {"better": ("▲", OKABE_ITO["blue"]), "worse": ("▼", OKABE_ITO["vermillion"]), "equivalent": ("≈", OKABE_ITO["green"]),
             "undecided": ("?", GREY), "uninformative": ("▨", GREY)}
 
@@ -65,7 +66,7 @@ def signed(word: str) -> str:
     "A verdict with its sign in front."
     return f"{VERDICTS[word][0]} {word}" if word in VERDICTS else word
 
-# %% ../../nbs/08_figures/00_style.ipynb #d65cd224
+# %% ../../nbs/08_figures/00_style.ipynb #e2bbd9de
 METRICS = {"auroc": "AUROC", "dice": "Dice", "ap": "AP", "r2": "R²", "R2": "R²"}
 
 
@@ -87,7 +88,7 @@ def wrap(
     lines = textwrap.wrap(str(text).replace("+", "+\0 "), width + 1, break_long_words=True)
     return "<br>".join(safe(line.replace("\0 ", "").replace("\0", "")) for line in lines)
 
-# %% ../../nbs/08_figures/00_style.ipynb #4d59b8a1
+# %% ../../nbs/08_figures/00_style.ipynb #014a9355
 FONT = dict(family="system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif", size=13, color=INK)
 _AXIS = dict(gridcolor=PALE, zerolinecolor="#9CA3AF", linecolor="#9CA3AF", showline=True, ticks="outside", tickcolor="#9CA3AF",
              automargin=True, title=dict(standoff=10, font=dict(size=14)), tickfont=dict(size=13))
@@ -95,7 +96,7 @@ TEMPLATE = go.layout.Template(layout=dict(
     font=FONT, paper_bgcolor="white", plot_bgcolor="white", colorway=_HUES, xaxis=_AXIS, yaxis=_AXIS, hoverlabel=dict(font=dict(size=13)),
     legend=dict(font=dict(size=13), bgcolor="rgba(255,255,255,0)"), annotationdefaults=dict(font=dict(size=13), showarrow=False)))
 
-# %% ../../nbs/08_figures/00_style.ipynb #7e5a874b
+# %% ../../nbs/08_figures/00_style.ipynb #092808ba
 def apply(
     fig,                  # plotly Figure, changed in place
     title: str,           # what is shown
@@ -123,7 +124,7 @@ def alt(fig) -> str:
     "The text alternative of a figure made by this package."
     return str((fig.layout.meta or {}).get("alt", ""))
 
-# %% ../../nbs/08_figures/00_style.ipynb #7345a4dd
+# %% ../../nbs/08_figures/00_style.ipynb #9f679f99
 def stack(
     heights,  # px of every row of panels, from the top
     gap: int,  # px between two rows: axis labels of the upper and title of the lower one
@@ -132,7 +133,7 @@ def stack(
     total = sum(heights) + gap * (len(heights) - 1)
     return [h / sum(heights) for h in heights], gap / total if len(heights) > 1 else 0.0, total
 
-# %% ../../nbs/08_figures/00_style.ipynb #07a27b19
+# %% ../../nbs/08_figures/00_style.ipynb #c6e5a5d5
 def axes_of(
     fig,       # figure made by `plotly.subplots.make_subplots`
     row, col,  # from 1
@@ -165,7 +166,7 @@ def discrete(
     if xs is not None: fig.update_xaxes(range=[-edge, len(xs) - 1 + edge], **places(xs))
     if ys is not None: fig.update_yaxes(range=[len(ys) - 1 + edge, -edge], **places(ys))
 
-# %% ../../nbs/08_figures/00_style.ipynb #27f5dd67
+# %% ../../nbs/08_figures/00_style.ipynb #04300c35
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
           "--disable-component-update", "--disable-sync", "--enable-unsafe-swiftshader"]
@@ -201,7 +202,7 @@ with sync_playwright() as p:
     page.screenshot(path=out, clip=dict(x=0, y=0, **size)); b.close()
 """
 
-# %% ../../nbs/08_figures/00_style.ipynb #f591ea96
+# %% ../../nbs/08_figures/00_style.ipynb #9c77991e
 def _installed(name: str) -> bool:
     "Is a package there? Nothing is imported."
     from importlib.util import find_spec
@@ -220,7 +221,7 @@ def to_png(
         raise InputError("a static picture needs a browser: install kaleido, or playwright together with Chromium on the PATH")
     return write_atomic(path, fig.to_image(format="png", width=width, height=height))
 
-# %% ../../nbs/08_figures/00_style.ipynb #41586b2f
+# %% ../../nbs/08_figures/00_style.ipynb #daee8d61
 def preview(
     fig,              # plotly Figure
     width: int = 980,  # px
