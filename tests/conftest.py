@@ -15,11 +15,10 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def extra_data():
-    "extra_data('name') is the folder of that name under $TASL_DATA; the test is skipped, and says why, where it is absent."
+    """extra_data('name') is the folder of that name under $TASL_DATA, or under shared/data beside the repository; the test is skipped, and
+    says why, where it is absent."""
     def folder(name: str) -> Path:
-        top = os.environ.get("TASL_DATA")
-        if not top: pytest.skip(f"needs the data set '{name}', which the repository does not carry: set TASL_DATA to its folder")
-        path = Path(top) / name
-        if not path.exists(): pytest.skip(f"needs the data set '{name}': {path} does not exist")
+        path = Path(os.environ.get("TASL_DATA", ROOT.parent / "shared" / "data")) / name
+        if not path.exists(): pytest.skip(f"needs the data set '{name}', which the repository does not carry: set TASL_DATA to the folder that holds it")
         return path
     return folder
