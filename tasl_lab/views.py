@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['FULL_SCALE', 'to_float', 'ViewSpec', 'View', 'warp', 'make_views', 'compose', 'invert', 'correspond', 'draw_mask']
 
-# %% ../nbs/02_views.ipynb #586760f4
-from dataclasses import dataclass
+# %% ../nbs/02_views.ipynb #81035adc
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from .core import require, torch_rng
 
-# %% ../nbs/02_views.ipynb #f8ba99bc
+# %% ../nbs/02_views.ipynb #cbb319ca
 FULL_SCALE = {torch.uint8: 255., torch.uint16: 65535.}
 
 
@@ -23,7 +23,7 @@ def to_float(
     "Pictures as float32 with 0..1 mapped to -2..2."
     return images.float().mul_(4 / FULL_SCALE.get(images.dtype, 1.)).sub_(2) if not images.dtype.is_floating_point else images.float() * 4 - 2
 
-# %% ../nbs/02_views.ipynb #661501f9
+# %% ../nbs/02_views.ipynb #8f3a775f
 @dataclass(frozen=True)
 class ViewSpec:
     "How a view may differ from its source; the default leaves the picture as it is."
@@ -47,8 +47,9 @@ class View:
     affine: torch.Tensor                # (B, d, d+1), view pixels to source pixels
     mask: "torch.Tensor|None" = None    # (B, *grid) bool, true where hidden
     source_id: "torch.Tensor|None" = None  # (B,) index of the source picture
+    intensity: dict = field(default_factory=dict)  # what was drawn: gain, offset, gamma, sigma (B,), color (B, C)
 
-# %% ../nbs/02_views.ipynb #92aff289
+# %% ../nbs/02_views.ipynb #e97e2533
 def _uniform(g, n, low, high): return torch.rand(n, generator=g) * (high - low) + low
 
 
@@ -88,7 +89,7 @@ def _draw_intensity(g, spec, n, channels):
         "sigma": _uniform(g, n, low, high) * (torch.rand(n, generator=g) < chance),
     }
 
-# %% ../nbs/02_views.ipynb #ac06b377
+# %% ../nbs/02_views.ipynb #70e86b71
 def warp(
     x,            # (B, C, *spatial) float
     affine,       # (B, d, d+1), output pixels to input pixels
@@ -132,7 +133,7 @@ def _recolor(x, p, spec, noise):
     if spec.noise: x = x + noise.to(x.device) * (4 * spec.noise)
     return x
 
-# %% ../nbs/02_views.ipynb #d502eda9
+# %% ../nbs/02_views.ipynb #0c3c8055
 def _one_view(images, spec, key, ids, rank, world):
     n, size = len(images), images.shape[2:]
     out = (spec.size,) * len(size) if spec.size else tuple(size)
@@ -144,7 +145,7 @@ def _one_view(images, spec, key, ids, rank, world):
     x = images if still else warp(images, affine, out)
     noise = torch.randn((n * world, *x.shape[1:]), generator=g)[mine] if spec.noise else None
     x = _recolor(_blur(x, parameters["sigma"]), parameters, spec, noise)
-    return View(x, affine, None, None if ids is None else torch.as_tensor(ids))
+    return View(x, affine, None, None if ids is None else torch.as_tensor(ids), parameters)
 
 
 def make_views(
@@ -159,7 +160,7 @@ def make_views(
     "One `View` per recipe; parameters depend on (seed, step, which view) alone."
     return [_one_view(images, spec, (seed, step, k), ids, rank, world) for k, spec in enumerate(specs)]
 
-# %% ../nbs/02_views.ipynb #4e48a1e9
+# %% ../nbs/02_views.ipynb #ca26b7fd
 def compose(outer, inner):
     "Affine that first applies `inner`, then `outer`; both (B, d, d+1)."
     d = outer.shape[1]
@@ -187,7 +188,7 @@ def correspond(
     inside = ((there >= -.5) & (there <= torch.tensor(b.x.shape[2:]) - .5)).all(-1)
     return there, inside
 
-# %% ../nbs/02_views.ipynb #6cef0ccf
+# %% ../nbs/02_views.ipynb #f544dce5
 def draw_mask(
     n: int,        # pictures
     grid,          # cells per axis
