@@ -139,6 +139,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'tasl_lab/alignment/matrix.py'),
                                            'tasl_lab.alignment.matrix._seed_record': ( '07_alignment/matrix.html#_seed_record',
                                                                                        'tasl_lab/alignment/matrix.py'),
+                                           'tasl_lab.alignment.matrix._varies': ( '07_alignment/matrix.html#_varies',
+                                                                                  'tasl_lab/alignment/matrix.py'),
                                            'tasl_lab.alignment.matrix.arm_of': ( '07_alignment/matrix.html#arm_of',
                                                                                  'tasl_lab/alignment/matrix.py'),
                                            'tasl_lab.alignment.matrix.as_json': ( '07_alignment/matrix.html#as_json',

@@ -78,7 +78,7 @@ def test_a_broken_link_is_found(docs, tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_whole_library(tmp_path):
-    for name in ("tasl_lab", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("tasl_lab", "nbs/experiments", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir(): shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else: shutil.copy(source, tmp_path / name)
@@ -86,3 +86,4 @@ def test_the_wheel_holds_the_whole_library(tmp_path):
     inside = set(zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist())
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tasl_lab").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert expected <= inside and any(name.endswith("entry_points.txt") for name in inside)
+    assert any(name.endswith("share/tasl_lab/experiments/alignment.ipynb") for name in inside)

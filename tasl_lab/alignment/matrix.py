@@ -7,7 +7,7 @@ __all__ = ['DEFAULT_TASKS', 'CONTROLS', 'SCHEMA', 'PRESETS', 'MatrixConfig', 'de
            'items_of', 'work', 'run_matrix', 'Results', 'room', 'cells_table', 'decoded_factors', 'factor_tables',
            'history', 'runs_table', 'as_json', 'preset']
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #6070d4fb
+# %% ../../nbs/07_alignment/02_matrix.ipynb #ebe097f9
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from ..tasks.registry import make_task, tasks_of
 from ..tasks.scores import Scores
 from ..training import execute, load_encoder, pretrain
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #3d9fb87e
+# %% ../../nbs/07_alignment/02_matrix.ipynb #7260f74b
 class MatrixConfig(Config):
     "Everything that a matrix depends on beside its pictures."
     objectives: "list[str]" = Field(["simclr", "masked", "simclr+0.5*masked"], description="ids or weighted sums")
@@ -60,13 +60,20 @@ DEFAULT_TASKS = {  # where a set has several masks: the one that intensity alone
 }
 
 
-def default_tasks(data: ImageSet) -> "list[str]":
-    "One task of each kind: as named in `DEFAULT_TASKS`, else the first label, the first mask and the boxes, where the set has them."
-    named = DEFAULT_TASKS.get(data.info.name.split(":")[0])
-    if named: return [t for t in named if t in tasks_of(data)]
-    return list({t.split(":")[0]: t for t in reversed(tasks_of(data))}.values())[::-1]
+def _varies(data, name):
+    "Does a label take two values both in train and in test? One that is always the same asks nothing."
+    y = data.labels[name] if data.labels[name].ndim == 2 else data.labels[name][:, None]
+    seen = [[set(column[ids]) - {-1} for column in y.T] for ids in (data.ids("train"), data.ids("test"))]
+    return any(len(a) > 1 and len(b) > 1 for a, b in zip(*seen))
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #7d750f8e
+
+def default_tasks(data: ImageSet) -> "list[str]":
+    "One task of each kind: as named in `DEFAULT_TASKS`, else the first label that varies, the first mask and the boxes, where the set has them."
+    every = [t for t in tasks_of(data) if not t.startswith("classification:") or _varies(data, t.partition(":")[2])]
+    named = [t for t in DEFAULT_TASKS.get(data.info.name.split(":")[0], []) if t in every]
+    return named or list({t.split(":")[0]: t for t in reversed(every)}.values())[::-1]
+
+# %% ../../nbs/07_alignment/02_matrix.ipynb #d66efb6f
 def fit_to(
     config: MatrixConfig,
     data: ImageSet,
@@ -76,7 +83,7 @@ def fit_to(
     require(n >= 2, f"set {data.info.name!r} has {n} training pictures: a matrix needs at least 2, and in practice hundreds")
     return config.model_copy(update={"batch": min(config.batch, n), "labels": sorted({min(k, n) for k in config.labels})})
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #2ecfe673
+# %% ../../nbs/07_alignment/02_matrix.ipynb #4a51f8c6
 CONTROLS = ("random", "supervised", "ceiling")
 SCHEMA = 1  # raised when a change of probes or fine-tuning alters results
 
@@ -119,7 +126,7 @@ def items_of(config: MatrixConfig, data: ImageSet) -> "list[Item]":
     full = len(data.ids("train"))
     return work + [Item("ceiling", 0, task=t, budget=full) for t in tasks if config.ceiling]
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #817ec953
+# %% ../../nbs/07_alignment/02_matrix.ipynb #d0a47bf9
 def _probe_all(encoder, data, config, seed, out):
     "Probe scores of all tasks and budgets, and the factor profile."
     bank = extract(encoder, data, precision=config.precision)
@@ -172,7 +179,7 @@ def work(
         _probe_all(encoder, data, config, item.seed, out)
     write_json(out / "item.json", {"item": vars(item), "cost": cost, "total_seconds": time.perf_counter() - start})
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #be0ade27
+# %% ../../nbs/07_alignment/02_matrix.ipynb #6bf92eae
 def _reporter(data, left, verbose):
     "Prints what was finished and how long the rest will take, from what the items took so far."
     start = time.monotonic()
@@ -201,7 +208,7 @@ def run_matrix(
     write_json(folder / "matrix.json", record)
     return folder
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #983bbde7
+# %% ../../nbs/07_alignment/02_matrix.ipynb #1233b983
 class Results:
     "A matrix as found in its folder."
     def __init__(self, folder):
@@ -238,7 +245,7 @@ class Results:
         rows = [r["cost"] for r in self.items if r["item"]["arm"] == arm and r["item"]["task"] in (None, task) and r["item"]["budget"] in (None, budget)]
         return {k: float(np.mean([r[k] for r in rows])) for k in ("pictures", "encoded", "seconds")}
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #83338a92
+# %% ../../nbs/07_alignment/02_matrix.ipynb #61a4b910
 def _ceiling(results, task):
     "Cells of the ceiling, (1, groups), or None."
     budgets = [r["item"]["budget"] for r in results.items if r["item"]["arm"] == "ceiling" and r["item"]["task"] == task]
@@ -260,7 +267,7 @@ def room(results: Results, task: str, budget: int, margin: float) -> dict:
     return {"informative": bool(v.outcome == "better" and v.interval.mean > margin), "ceiling": float(top.mean()), "ceiling_from": name,
             "room": v.interval.mean, "room_low": v.interval.low, "room_high": v.interval.high}
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #d1f3b113
+# %% ../../nbs/07_alignment/02_matrix.ipynb #1481a47c
 def _against(cells, reference, name, margin):
     "Paired difference from a control, as columns."
     v = verdict(cells - reference, margin)
@@ -287,7 +294,7 @@ def cells_table(results: Results) -> pd.DataFrame:
             rows += [_row(results, arm, task, budget, metric, rooms) for arm in results.arms]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #b3a3d84e
+# %% ../../nbs/07_alignment/02_matrix.ipynb #60e22dee
 def _arm_tables(results, name, where="item"):
     "A parquet of every item, or of its pre-training, with arm and seed."
     for r in results.items:
@@ -319,7 +326,7 @@ def runs_table(results: Results) -> pd.DataFrame:
     "What each item cost."
     return pd.DataFrame([{"data": results.record["data"]} | {k: r["item"][k] for k in ("arm", "task", "budget", "seed")} | r["cost"] for r in results.items])
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #42f10a04
+# %% ../../nbs/07_alignment/02_matrix.ipynb #cc64d39e
 def _seed_record(results, arm, task, budget, seed, scores):
     per = scores.per_image()
     cost = [r["cost"] for r in results.items if r["item"]["arm"] == arm and r["item"]["seed"] == seed and r["item"]["task"] in (None, task)
@@ -337,7 +344,7 @@ def as_json(results: Results) -> dict:
     plain = lambda table: table.to_dict("records")
     return results.record | {"cells": entries, "factors": plain(profile), "comparisons": plain(named), "runs": plain(runs_table(results))}
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #f36c52c3
+# %% ../../nbs/07_alignment/02_matrix.ipynb #76cb59e6
 PRESETS = {
     "smoke": {"pictures": 240, "size": 32, "attention_steps": 6,
               "matrix": {"objectives": ["simclr", "masked"], "labels": [60], "seeds": 2, "steps": 6, "batch": 32, "finetune_steps": 6}},
