@@ -62,7 +62,7 @@ def pages(nbs: Path) -> list[Page]:
     order = [*GROUPS]
     def key(p):
         first = p.relative_to(nbs).parts[0]
-        rank = next((i for i, g in enumerate(order) if first == g or first.startswith(g + "_")), len(order))
+        rank = next((i for i, g in enumerate(order) if re.fullmatch(rf"{g}([a-z]*_.*)?", first)), len(order))
         return p.name != "index.ipynb", rank, p.relative_to(nbs).as_posix()
     return [read_page(nbs, p) for p in sorted(found, key=key)]
 

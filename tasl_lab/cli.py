@@ -168,7 +168,8 @@ def objectives():
     from dataclasses import asdict
 
     from tasl_lab.objectives.cards import ALIASES, CARDS
-    return {"objectives": [asdict(c) for c in CARDS.values()], "aliases": ALIASES}
+    from tasl_lab.objectives.measured import findings, measured
+    return {"objectives": [asdict(c) | {"findings": findings(n), "measured": measured().get(n, {})} for n, c in CARDS.items()], "aliases": ALIASES}
 
 # %% ../nbs/11_cli.ipynb #5eac9e66
 def _sources() -> dict:
@@ -338,7 +339,8 @@ def _finished(out: Path, config, pictures) -> bool:
 
 def _pretrain_text(record) -> str:
     b = record["budget"]
-    return f"{record['out']}/encoder.safetensors ({b['steps']} steps, {b['pictures']} pictures seen, {_duration(b['seconds'])})"
+    told = f"{record['out']}/encoder.safetensors ({b['steps']} steps, {b['pictures']} pictures seen, {_duration(b['seconds'])})"
+    return "\n".join([told, record["note"]] if record["note"] else [told])
 
 
 @command(cls=_with_schema("tasl_lab.config:PretrainConfig"),

@@ -41,8 +41,10 @@ class PretrainConfig(Config):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
     clip: float = Field(3., gt=0, description="largest gradient norm")
     options: dict = Field({}, description="{id: {option: value}} over the card's defaults")
+    balance: str = Field("fixed", description="of a hybrid's terms: fixed, uncertainty or surgery")
+    policy: "str|None" = Field(None, description="view policy, a modality; that of the pictures by default")
     precision: str = Field("auto", description="auto, bf16 or fp32")
-    watch: int = Field(25, ge=0, description="steps between readings of gradient agreement in hybrids; 0 for never")
+    watch: int = Field(25, ge=0, description="steps between readings of collapse and of gradient agreement; 0 for never")
 
     @field_validator("objective")
     @classmethod
@@ -51,12 +53,17 @@ class PretrainConfig(Config):
         return spec
 
     @property
+    def terms(self) -> "list[tuple[float, str]]":
+        "Weights and ids of the objective's terms, aliases resolved by the encoder."
+        return parse_spec(self.objective, "ViT" if self.encoder.startswith("vit") else "CNN")
+
+    @property
     def rate(self) -> float:
         "Peak learning rate: as given, or the smallest of the terms' small-data defaults."
-        return self.lr or min(CARDS[n].defaults["lr"] for _, n in parse_spec(self.objective, "ViT" if self.encoder.startswith("vit") else "CNN"))
+        return self.lr or min(CARDS[n].defaults["lr"] for _, n in self.terms)
 
     def identity(self, data: str) -> str:
         "Name of this run on data of that fingerprint: equal for equal results, whatever the version of the software."
-        terms = parse_spec(self.objective, "ViT" if self.encoder.startswith("vit") else "CNN")
-        known = {"objective": sorted((n, w) for w, n in terms), "lr": self.rate, "schema": sorted((n, CARDS[n].schema) for _, n in terms)}
-        return fingerprint(self.model_dump() | known, data)[:16]
+        known = {"objective": sorted((n, w) for w, n in self.terms), "lr": self.rate, "schema": sorted((n, CARDS[n].schema) for _, n in self.terms),
+                 "options": {n: CARDS[n].defaults | self.options.get(n, {}) | {"lr": self.rate} for _, n in self.terms}}
+        return fingerprint({k: v for k, v in self.model_dump().items() if k != "watch"} | known, data)[:16]

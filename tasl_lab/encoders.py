@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'Features', 'spread', 'fold', 'unfold', 'Visibility', 'VisibleGroupNorm', 'CNN', 'sincos', 'ViT',
            'make_encoder']
 
-# %% ../nbs/03_encoders.ipynb #9a3f7dce
+# %% ../nbs/03_encoders.ipynb #ffe0500a
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from .core import require, seed_of
 
-# %% ../nbs/03_encoders.ipynb #f6fb1cf0
+# %% ../nbs/03_encoders.ipynb #3e849210
 @dataclass
 class Features:
     "What an encoder makes of a batch."
@@ -25,7 +25,7 @@ class Features:
     visible_ids: "torch.Tensor|None" = None        # (B, T) positions of the tokens that were encoded, in "visible" mode
     tokens: "torch.Tensor|None" = None             # (B, T, D), tokens after the last block, class token left out
 
-# %% ../nbs/03_encoders.ipynb #84bc2f8f
+# %% ../nbs/03_encoders.ipynb #fe3a1e7c
 def spread(
     mask,  # (B, *grid) bool
     size,  # (*spatial), each a multiple of the grid's
@@ -45,7 +45,7 @@ def _check_mode(encoder, x, mask, mode):
     fits = len(mask) == len(x) and all(s % (g * cell) == 0 for s, g in zip(x.shape[2:], mask.shape[1:]))
     require(fits, f"mask {tuple(mask.shape)} does not fit pictures {tuple(x.shape)}: its cells must divide each side and be multiples of {cell} pixels")
 
-# %% ../nbs/03_encoders.ipynb #c3b2e38e
+# %% ../nbs/03_encoders.ipynb #34727da8
 def fold(
     x,         # (B, C, *spatial)
     f: int,    # factor per axis
@@ -69,7 +69,7 @@ def unfold(
     order = [0, 1, *(n for k in range(d) for n in (2 + d + k, 2 + k))]
     return x.permute(order).reshape(b, c // f ** d, *(k * f for k in s))
 
-# %% ../nbs/03_encoders.ipynb #f8a8fb0d
+# %% ../nbs/03_encoders.ipynb #64660497
 class Visibility:
     "Which positions are visible in this pass: (B, 1, *spatial) floats, or None for all; asked for at any resolution."
     def __init__(self): self.finest, self.cache = None, {}
@@ -107,7 +107,7 @@ class VisibleGroupNorm(nn.GroupNorm):
         shape = (b, c, *[1] * len(s))
         return (x * scale.to(x.dtype).reshape(shape) + shift.to(x.dtype).reshape(shape)) * visible
 
-# %% ../nbs/03_encoders.ipynb #5a3be1f7
+# %% ../nbs/03_encoders.ipynb #1a549fd2
 def _swap_norms(module, visibility):
     "Replace each GroupNorm inside `module`, in place."
     for name, child in module.named_children():
@@ -129,7 +129,7 @@ class CNN(nn.Module):
     ):
         super().__init__()
         from monai.networks.nets.segresnet_ds import SegResEncoder
-        self.name, self.dims, self.stem = name, dims, stem
+        self.name, self.dims, self.stem, self.in_channels = name, dims, stem, channels
         self.visibility = Visibility()
         self.net = SegResEncoder(spatial_dims=dims, init_filters=filters, in_channels=channels * stem ** dims,
                                  norm=("group", {"num_groups": 8}), blocks_down=blocks)
@@ -161,7 +161,7 @@ class CNN(nn.Module):
         finally: self.visibility.set(None)
         return Features(torch.cat([m.float().mean(tuple(range(2, x.ndim))) for m in maps], 1), maps)
 
-# %% ../nbs/03_encoders.ipynb #dcfec007
+# %% ../nbs/03_encoders.ipynb #60f1cfa3
 def sincos(
     grid,      # tokens per axis
     width: int,  # channels
@@ -193,7 +193,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         from monai.networks.blocks.transformerblock import TransformerBlock
-        self.name, self.dims, self.patch, self.width = name, dims, patch, width
+        self.name, self.dims, self.patch, self.width, self.in_channels = name, dims, patch, width, channels
         self.embed = nn.Linear(channels * patch ** dims, width)
         self.position = nn.Parameter(sincos([max(1, size // patch)] * dims, width))
         self.cls, self.hidden = (nn.Parameter(torch.randn(1, 1, width) * .02) for _ in range(2))
@@ -250,7 +250,7 @@ class ViT(nn.Module):
         finally:
             for block in self.blocks: block.attn.save_attn, block.attn.att_mat = False, torch.Tensor()
 
-# %% ../nbs/03_encoders.ipynb #42085968
+# %% ../nbs/03_encoders.ipynb #00fe8349
 ENCODERS = {
     "cnn-tiny": (CNN, dict(filters=16, blocks=(1, 1, 1, 1))),
     "cnn-small": (CNN, dict(filters=32, blocks=(1, 1, 1, 1))),

@@ -6,7 +6,7 @@
 __all__ = ['batch_ids', 'rate_at', 'State', 'Diverged', 'Run', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'environment',
            'load_encoder', 'load_objective', 'default_workers', 'execute']
 
-# %% ../nbs/05_training/01_training.ipynb #354898fe
+# %% ../nbs/05_training/01_training.ipynb #c77efd25
 import json
 import math
 import platform
@@ -22,9 +22,10 @@ from .core import InputError, autocast, pick_device, pick_precision, read_json, 
 from .data.imageset import ImageSet
 from .encoders import make_encoder
 from .objectives.base import Plan
+from .objectives.collapse import collapse_note, readings
 from .objectives.compose import gradient_agreement, make
 
-# %% ../nbs/05_training/01_training.ipynb #9a925b1c
+# %% ../nbs/05_training/01_training.ipynb #c51aaf48
 def batch_ids(
     pool,       # (N,) indices that may be used
     batch: int, # pictures per step
@@ -48,7 +49,7 @@ def rate_at(
     if step < rise: return peak * min(1., (step + 1) / rise)
     return peak * .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-# %% ../nbs/05_training/01_training.ipynb #e3d70438
+# %% ../nbs/05_training/01_training.ipynb #537e4fdc
 @dataclass
 class State:
     "What is known after a step."
@@ -56,10 +57,11 @@ class State:
     pictures: int      # pictures seen, counted once per step
     encoded: int       # pictures that went through the encoder in this step, all views counted
     loss: float
-    parts: dict        # the loss's named parts, and readings of gradient agreement
+    parts: dict        # the loss's named parts, and readings of collapse and of gradient agreement
     rate: float
     grad_norm: float   # before clipping
     seconds: float     # of training so far, pauses left out
+    note: str = ""     # what the collapse watch has to say; empty where all is well
 
     def row(self) -> dict:
         "As a flat row of a table."
@@ -80,9 +82,11 @@ class Run:
         require(len(self.pool) > 0, f"set {data.info.name!r} has no picture in split 'train': pre-training uses no other")
         size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}
         encoder = make_encoder(config.encoder, data.channels, data.dims, config.seed, **size).to(self.device)
-        plan = Plan(config.steps, config.batch, config.seed, tuple(data.spatial))
-        self.objective = make(config.objective, encoder, data.info, plan, config.options).to(self.device)
+        columns = tuple(c for c in data.table if not c.startswith("factor:"))
+        plan = Plan(config.steps, config.batch, config.seed, tuple(data.spatial), columns=columns, policy=config.policy)
+        self.objective = make(config.objective, encoder, data.info, plan, config.options, config.balance).to(self.device)
         self.optimizer = torch.optim.AdamW(self.objective.param_groups(), lr=config.rate, weight_decay=config.weight_decay, betas=(.9, .95))
+        self.first, self.note = {}, ""  # readings of the first step, and what the last ones say
 
     @property
     def encoder(self): return self.objective.encoder
@@ -95,9 +99,9 @@ class Run:
         views = self.objective.views(batch, step)
         with autocast(self.device, self.precision): loss = self.objective(views, progress)
         parts = {k: v.item() for k, v in loss.parts.items()}
-        if c.watch and len(parts) > 1 and step % c.watch == 0: parts |= gradient_agreement(loss, self.encoder)
+        if c.watch and (step % c.watch == 0 or step == c.steps - 1): parts |= self.look(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
+        self.objective.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), c.clip).item()
         if not math.isfinite(loss.total.item() + norm):
             raise Diverged(f"{c.objective}: loss {loss.total.item()} and gradient norm {norm} at step {step}: "
@@ -105,9 +109,17 @@ class Run:
         for group in self.optimizer.param_groups: group["lr"] = rate
         self.optimizer.step()
         self.objective.after_step(progress)
-        return State(step + 1, (step + 1) * c.batch, self.objective.memo.pictures, loss.total.item(), parts, rate, norm, time.perf_counter() - start)
+        return State(step + 1, (step + 1) * c.batch, self.objective.memo.pictures, loss.total.item(), parts, rate, norm, time.perf_counter() - start,
+                     self.note)
 
-# %% ../nbs/05_training/01_training.ipynb #1dce28f5
+    def look(self, loss) -> dict:
+        "Readings of collapse, and of the agreement of the loss's parts where there are several."
+        seen = readings(self.objective)
+        self.first = self.first or seen
+        self.note = collapse_note(self.first, seen, self.config.batch)
+        return seen | (gradient_agreement(loss, self.encoder) if len(loss.parts) > 1 else {})
+
+# %% ../nbs/05_training/01_training.ipynb #cb9018f9
 def save_checkpoint(
     run: Run,
     state: State,  # after the last step
@@ -143,7 +155,7 @@ def load_checkpoint(
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": states})
     return int(header["step"]), float(header["seconds"])
 
-# %% ../nbs/05_training/01_training.ipynb #1e0b78fd
+# %% ../nbs/05_training/01_training.ipynb #40a3e227
 def pretrain(
     config: PretrainConfig,
     data: ImageSet,
@@ -170,7 +182,10 @@ def _resume(run, out):
     require((out / "metrics.parquet").is_file(), f"{out}: has a checkpoint but no metrics.parquet: delete the folder to start anew")
     step, seconds = load_checkpoint(run, path)
     rows = pd.read_parquet(out / "metrics.parquet")
-    return step, seconds, rows[rows.step <= step].to_dict("records")
+    rows = rows[rows.step <= step].to_dict("records")
+    run.first = {k.removeprefix("part:"): v for k, v in rows[0].items() if k.endswith(("spread", "rankme"))}
+    run.note = rows[-1]["note"]
+    return step, seconds, rows
 
 
 def _write_rows(rows, out):
@@ -184,7 +199,7 @@ def _keep(run, state, rows, out):
     _write_rows(rows, out)
     save_checkpoint(run, state, out / "checkpoint.safetensors")
 
-# %% ../nbs/05_training/01_training.ipynb #2a5b3664
+# %% ../nbs/05_training/01_training.ipynb #e5c9c9ee
 def environment() -> dict:
     "Versions and hardware, for records."
     import tasl_lab
@@ -207,7 +222,7 @@ def _finish(run, rows, out):
     last = rows[-1]
     budget = {"steps": last["step"], "pictures": last["pictures"], "encoded": int(sum(r["encoded"] for r in rows)), "seconds": last["seconds"]}
     write_json(out / "run.json", {"id": c.identity(run.data.sha256), "config": c, "data": {"name": run.data.info.name, "sha256": run.data.sha256},
-               "budget": budget, "precision": run.precision, "device": str(run.device), "environment": environment()})
+               "budget": budget, "note": run.note, "precision": run.precision, "device": str(run.device), "environment": environment()})
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
@@ -239,7 +254,7 @@ def load_objective(
     run.objective.load_state_dict(load_file(str(Path(folder) / "objective.safetensors")))
     return run.objective.eval()
 
-# %% ../nbs/05_training/01_training.ipynb #c8d20766
+# %% ../nbs/05_training/01_training.ipynb #cbe5ba5a
 def default_workers() -> int:
     "Processes for `execute`: one on a GPU, else one per core, as far as memory allows (2 GB each)."
     import psutil

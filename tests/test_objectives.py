@@ -1,15 +1,15 @@
-"""Objectives: losses agree with independent implementations and plain loops, hybrids add up, and everything that can be trained learns."""
+"""The ground of all objectives: losses against independent implementations and plain loops, masks and sparse passes, hybrids that add up."""
 import copy
 import itertools
 import math
-import os
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import two_processes
+from small import SIZES, gradients, small_encoder, small_objective, small_set
 from torch import nn
 
 from tasl_lab.core import InputError
@@ -17,44 +17,11 @@ from tasl_lab.data.imageset import ImageSet, Info
 from tasl_lab.encoders import Features, Visibility, VisibleGroupNorm, fold, make_encoder, unfold
 from tasl_lab.objectives.base import Plan
 from tasl_lab.objectives.cards import CARDS
-from tasl_lab.objectives.compose import gradient_agreement, make
-from tasl_lab.objectives.contrastive import GatheredNorm, SimCLR, nt_xent
+from tasl_lab.objectives.compose import gradient_agreement, make, operate
+from tasl_lab.objectives.contrastive import SimCLR, nt_xent
+from tasl_lab.objectives.heads import GatheredNorm
 from tasl_lab.objectives.masked import masked_error
 from tasl_lab.views import View, draw_mask
-
-SIZES = {2: (16, 16), 3: (8, 8, 8)}
-
-
-def small_encoder(family, dims=2, channels=1, seed=0):
-    "The smallest encoder of a family: strides 2 and 4, or patches of 4."
-    if family == "CNN": return make_encoder("cnn-tiny", channels, dims, seed, filters=8, blocks=(1, 1))
-    return make_encoder("vit-tiny", channels, dims, seed, width=48, depth=2, heads=2, patch=4, size=SIZES[dims][0])
-
-
-def small_set(dims=2, channels=1, n=24, seed=0):
-    "Smooth random pictures, told apart by scale, orientation and brightness."
-    r = np.random.default_rng(seed)
-    at = np.stack(np.meshgrid(*[np.linspace(0, 1, s) for s in SIZES[dims]], indexing="ij"))
-    waves = np.tensordot(r.normal(size=(n, channels, dims)) * 6, at, 1) + r.uniform(0, 6, (n, channels, *[1] * dims))
-    x = .5 + .3 * np.sin(waves) + .15 * r.uniform(-1, 1, (n, 1, *[1] * dims))
-    return ImageSet((x * 255).clip(0, 255).astype(np.uint8), Info("waves"))
-
-
-def small_objective(spec, family="CNN", dims=2, channels=1, seed=0, batch=8, **options):
-    "An objective on a small encoder, and a batch for it."
-    names = [t.rpartition("*")[2] for t in spec.split("+")]
-    if {"spark", "masked"} & {*names} and family == "CNN": options = {"spark": {"unit": 4}} | options
-    data = small_set(dims, channels)
-    objective = make(spec, small_encoder(family, dims, channels, seed), data.info, Plan(20, batch, seed, SIZES[dims]), options)
-    return objective, data.batch(range(batch)).unlabelled()
-
-
-def gradients(loss, module):
-    "Gradient of each parameter by name, zero where it does not take part."
-    named = dict(module.named_parameters())
-    grads = torch.autograd.grad(loss, named.values(), allow_unused=True, retain_graph=True)
-    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(named.items(), grads)}
-
 
 # ---------- NT-Xent ----------
 
@@ -121,21 +88,8 @@ def shares(rank):
     return {"loss": loss.detach(), "a": a.grad, "b": b.grad, "norm": y.detach(), "x": x.grad, "simclr": flat_simclr(rank, 2)}
 
 
-def one_process(rank, world, folder):
-    "What a process of two does; it leaves its results in a file."
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.save(shares(rank), f"{folder}/{rank}.part")
-    os.replace(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
-    while not all(os.path.exists(f"{folder}/{r}.pt") for r in range(world)): time.sleep(.05)  # nobody leaves while another still talks
-    os._exit(0)  # gloo's threads may abort an interpreter that is being taken down
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    "Results of two processes that work on one batch."
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_process, (2, str(folder)), 2)  # a fault in one ends the other
-    return [torch.load(folder / f"{r}.pt") for r in range(2)]
+def two(tmp_path_factory): return two_processes(shares, tmp_path_factory.mktemp("two"))
 
 
 def test_nt_xent_over_two_processes(two):
@@ -377,6 +331,59 @@ def test_gradient_agreement_is_norm_and_cosine():
     assert got.keys() == expected.keys() and all(abs(got[k] - expected[k].item()) < 1e-4 for k in got)
 
 
+def plain_surgery(grads, order):
+    "Projecting conflicting gradients by loops (arXiv:2001.06782): grads (terms, P) lists of floats."
+    out = []
+    for i, others in enumerate(order):
+        g = list(grads[i])
+        for j in others:
+            dot = sum(a * b for a, b in zip(g, grads[j]))
+            if j != i and dot < 0:
+                size = sum(b * b for b in grads[j])
+                g = [a - dot / size * b for a, b in zip(g, grads[j])]
+        out.append(g)
+    return [sum(column) for column in zip(*out)]
+
+
+@pytest.mark.parametrize("terms", [2, 3, 4])
+def test_gradient_surgery_is_a_plain_loop(terms):
+    g = torch.Generator().manual_seed(terms)
+    grads = torch.randn(terms, 5, generator=g) - .5 * torch.arange(terms)[:, None]
+    order = [torch.randperm(terms, generator=g).tolist() for _ in range(terms)]
+    assert torch.allclose(operate(grads, order), torch.tensor(plain_surgery(grads.tolist(), order)), atol=1e-5)
+
+
+def test_surgery_changes_the_encoder_alone():
+    fixed, batch = small_objective("simclr+20*masked")
+    operated, _ = small_objective("simclr+20*masked", balance="surgery")
+    for o in (fixed, operated): o.backward(o(o.views(batch, 0), 0.))
+    parts = fixed(fixed.views(batch, 0), 0.).parts
+    rows = [torch.cat([w * g.flatten() for k, g in gradients(parts[n], fixed).items() if k.startswith("encoder.")]) for n, w in (("simclr", 1), ("spark", 20))]
+    expected = operate(torch.stack(rows), [[0, 1], [0, 1]])
+    got = {k: p.grad for k, p in operated.named_parameters()}
+    assert torch.allclose(torch.cat([g.flatten() for k, g in got.items() if k.startswith("encoder.")]), expected, atol=1e-5)
+    for k, p in fixed.named_parameters():
+        if not k.startswith("encoder."): assert torch.allclose(got[k], p.grad, atol=1e-6), k
+
+
+def test_uncertainty_weighs_by_what_was_learned():
+    hybrid, batch = small_objective("simclr+2*masked", balance="uncertainty")
+    with torch.no_grad(): hybrid.doubt.copy_(torch.tensor([.5, -9.]))  # the second lies beyond the bound of 2
+    loss = hybrid(hybrid.views(batch, 0), 0.)
+    a, b = loss.parts["simclr"], loss.parts["spark"]
+    assert torch.allclose(loss.total, math.exp(-.5) * a + .5 + 2 * (math.exp(2) * b - 2), atol=1e-4)
+    grad = torch.autograd.grad(loss.total, hybrid.doubt)[0]
+    assert torch.allclose(grad, torch.tensor([1 - math.exp(-.5) * a.item(), 0.]), atol=1e-4)
+
+
+@pytest.mark.parametrize("balance", ["fixed", "uncertainty", "surgery"])
+def test_hybrids_hold_their_encoder_once(balance):
+    hybrid, _ = small_objective("byol+0.5*masked", balance=balance)
+    names = list(hybrid.state_dict())
+    assert not [k for k in names if k.startswith("terms.") and ".encoder." in k and ".teacher." not in k]
+    assert all(o.encoder is hybrid.encoder for o in hybrid.terms.values()) and copy.deepcopy(hybrid).terms["byol"].encoder is not hybrid.encoder
+
+
 def test_encoded_pictures_are_counted():
     for spec, views in (("simclr", 2), ("spark", 1), ("simclr+0.5*spark", 3)):
         objective, batch = small_objective(spec)
@@ -403,73 +410,6 @@ def test_features_are_those_of_the_picture_given():
             assert torch.equal(objective.encode(view, "sparse").maps[0], objective.encoder(view.x, view.mask, "sparse").maps[0]), k
 
 
-# ---------- everything learns ----------
-
-TRAINED = [(spec, family, dims) for spec in ("simclr", "spark", "mae", "simclr+0.5*masked") for family in ("CNN", "ViT") for dims in (2, 3)
-           if all(family in CARDS[n].encoders for n in CARDS if n == spec)]
-FALL = {"simclr": .7, "spark": .4, "mae": .3, "simclr+0.5*masked": .6}  # share of the first loss that must be gone after 20 steps
-WITHOUT = {  # parameters that may stay without a gradient, and why
-    "encoder.hidden": "stands for hidden tokens in mode 'token', which neither SimCLR nor MAE uses",
-    "norm_cross_attn": "MONAI's block carries a norm for cross-attention that is switched off",
-    "head.0.bias": "an offset in front of a norm over the batch is taken out again: its gradient is zero",
-    "encoder.norm.bias": "the same, where a ViT feeds SimCLR alone",
-}
-
-
-def untouched(objective):
-    "Names of trainable parameters without any gradient; rounding errors do not count as one."
-    grads = {k: p.grad for k, p in objective.named_parameters() if p.requires_grad}
-    least = 1e-6 * max(g.abs().max() for g in grads.values() if g is not None)
-    return [k for k, g in grads.items() if g is None or g.abs().max() < least]
-
-
-@pytest.mark.parametrize("spec, family, dims", TRAINED)
-def test_objective_trains(spec, family, dims):
-    objective, batch = small_objective(spec, family, dims, batch=16)
-    optimizer, curve = torch.optim.AdamW(objective.param_groups(), lr=2e-3), []
-    for step in range(21):
-        loss = objective(objective.views(batch, 0), step / 20).total  # one batch, one view, one mask
-        optimizer.zero_grad()
-        loss.backward()
-        if step == 0: left = untouched(objective)
-        optimizer.step()
-        curve.append(loss.item())
-    assert curve[20] < (1 - FALL[spec]) * curve[0], curve
-    assert [k for k in left if not any(w in k for w in WITHOUT)] == []
-    assert family == "CNN" or "encoder.hidden" in left  # the exceptions are real
-
-
-@pytest.mark.parametrize("family, spec", [("CNN", "simclr"), ("CNN", "spark"), ("ViT", "mae"), ("CNN", "simclr+0.5*masked")])
-def test_colour_pictures_train_too(family, spec):
-    objective, batch = small_objective(spec, family, channels=3)
-    loss = objective(objective.views(batch, 0), 0.).total
-    assert loss.isfinite() and all(g.isfinite().all() for g in gradients(loss, objective).values())
-
-
-def curve(spec, family, seed, steps=4):
-    "Losses of some steps on new views."
-    objective, batch = small_objective(spec, family, seed=seed)
-    optimizer, out = torch.optim.AdamW(objective.param_groups(), lr=3e-3), []
-    for step in range(steps):
-        loss = objective(objective.views(batch, step), step / steps).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        out.append(loss.item())
-    return out
-
-
-@pytest.mark.parametrize("spec, family", [("simclr", "CNN"), ("spark", "CNN"), ("mae", "ViT"), ("simclr+0.5*masked", "ViT")])
-def test_seed_alone_decides_the_curve(spec, family):
-    torch.manual_seed(1)
-    first = curve(spec, family, 0)
-    torch.manual_seed(2)
-    state = torch.random.get_rng_state()
-    again = curve(spec, family, 0)
-    assert again == first and torch.equal(state, torch.random.get_rng_state())
-    assert not set(curve(spec, family, 1)) & set(first)
-
-
 def test_weight_decay_spares_single_tokens_norms_and_biases():
     for family, spec in (("CNN", "simclr+0.5*masked"), ("ViT", "simclr+0.5*masked")):
         objective, _ = small_objective(spec, family)
@@ -486,7 +426,7 @@ def plan(**given): return Plan(**{"steps": 5, "batch": 4, "size": (16, 16)} | gi
 
 
 @pytest.mark.parametrize("spec, family, given, options, words", [
-    ("jigsaw", "CNN", {}, {}, "'jigsaw'.*unknown"), ("simclr+0.5*jigsaw", "CNN", {}, {}, "'jigsaw'.*unknown"), ("", "CNN", {}, {}, "unknown"),
+    ("nonesuch", "CNN", {}, {}, "'nonesuch'.*unknown"), ("simclr+0.5*nonesuch", "CNN", {}, {}, "'nonesuch'.*unknown"), ("", "CNN", {}, {}, "unknown"),
     ("x*simclr", "CNN", {}, {}, "weight 'x'"), ("-1*simclr", "CNN", {}, {}, "above zero"), ("0*simclr", "CNN", {}, {}, "above zero"),
     ("nan*simclr", "CNN", {}, {}, "weight|above zero"),
     pytest.param("inf*simclr", "CNN", {}, {}, "inf"),

@@ -131,7 +131,7 @@ def test_identity_names_what_changes_results():
 def test_diverging_run_stops_before_the_weights_are_harmed():
     run = Run(config(), pictures(), "cpu")
     before = {k: v.clone() for k, v in run.encoder.state_dict().items()}
-    with torch.no_grad(): run.objective.pixels.bias.fill_(float("nan"))
+    with torch.no_grad(): run.objective.decoder.pixels.bias.fill_(float("nan"))
     with pytest.raises(Diverged, match="step 0"): run.step(0)
     assert all(torch.equal(v, before[k]) for k, v in run.encoder.state_dict().items())
 
@@ -153,7 +153,7 @@ def test_finished_work_is_not_done_again(tmp_path):
 # ---------- what cannot work is refused ----------
 
 @pytest.mark.parametrize("given, words", [
-    (dict(spec="jigsaw"), "'jigsaw'"), (dict(steps=0), "steps = 0"), (dict(batch="many"), "batch = 'many'"), (dict(lr=-1.), "lr = -1"),
+    (dict(spec="nonesuch"), "'nonesuch'"), (dict(steps=0), "steps = 0"), (dict(batch="many"), "batch = 'many'"), (dict(lr=-1.), "lr = -1"),
     (dict(epochs=3), "'epochs'"),
     (dict(warmup=2.), "warmup = 2"), (dict(seed=-1), "seed = -1"), (dict(lr=float("nan")), "lr"), (dict(weight_decay=-.1), "weight_decay = -0.1"),
 ])

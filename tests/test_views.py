@@ -5,7 +5,7 @@ import torch
 from scipy import ndimage
 
 from tasl_lab.core import InputError
-from tasl_lab.objectives.contrastive import RECIPES
+from tasl_lab.policies import POLICIES, policy_for
 from tasl_lab.views import View, ViewSpec, _blur, compose, correspond, draw_mask, invert, make_views, to_float, warp
 
 SIZES = {2: (13, 18), 3: (7, 9, 11)}
@@ -187,7 +187,7 @@ def test_views_follow_from_seed_and_step_alone(dims):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("spec", [
     pytest.param(s, id=k)
-    for k, s in {"rich": RICH, "loud": LOUD, "blur": ViewSpec(blur=(.5, .3, .9)), **RECIPES}.items()])
+    for k, s in {"rich": RICH, "loud": LOUD, "blur": ViewSpec(blur=(.5, .3, .9)), **{m: policy_for(m).strong for m in POLICIES}}.items()])
 def test_ranks_see_their_part_of_the_global_batch(spec, world):
     x, n = pictures(n=8), 8 // world
     whole = make_views(x, [spec, spec], 0, 3)
@@ -215,3 +215,19 @@ def test_plain_view_is_the_picture_itself():
     x = pictures()
     view = make_views(x, [ViewSpec()], 0, 0)[0]
     assert torch.equal(view.x, x) and view.mask is None and isinstance(view, View)
+
+
+@pytest.mark.parametrize("dims, size", [(2, (40, 40)), (2, (24, 40)), (3, (10, 24, 40))])
+def test_turned_crops_stay_inside_the_picture(dims, size):
+    "All four corners of each crop in the turned plane lie within the picture's edges."
+    view = make_views(torch.zeros(200, 1, *size), [ViewSpec(scale=(.2, 1.), ratio=1.4, rotate=180, flip=(.5, .5))], 0, 0)[0]
+    corners = torch.cartesian_prod(*[torch.tensor([-.5, n - .5]) for n in size])
+    at = torch.einsum("bij,kj->bki", view.affine[:, :, :dims], corners) + view.affine[:, None, :, dims]
+    assert (at >= -.5 - 1e-3).all() and (at <= torch.tensor(size) - .5 + 1e-3).all()
+    area = torch.linalg.det(view.affine[:, :, :dims]).abs()
+    assert area.max() > .4 and area.min() > .05  # and they are not shrunk to nothing
+
+
+def test_crops_that_do_not_turn_are_what_they_were():
+    view = make_views(torch.zeros(4, 1, 32, 32), [ViewSpec(scale=(.4, 1.), ratio=1.2, flip=(.5, .5))], 3, 5)[0]
+    assert torch.allclose(view.affine[0], torch.tensor([[-.938333, 0, 29.465357], [0, .816464, 4.752188]]), atol=1e-4)

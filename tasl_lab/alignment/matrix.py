@@ -85,7 +85,7 @@ def fit_to(
 
 # %% ../../nbs/07_alignment/02_matrix.ipynb #4a51f8c6
 CONTROLS = ("random", "supervised", "ceiling")
-SCHEMA = 1  # raised when a change of probes or fine-tuning alters results
+SCHEMA = 2  # raised when a change of probes or fine-tuning alters results
 
 
 def arm_of(
@@ -151,7 +151,8 @@ def _encoder_of(item, data, config, out):
     run = out.parent / f"run-{wanted.identity(data.sha256)}"
     if not (run / "run.json").is_file():
         for _ in pretrain(wanted, data, run): pass
-    return load_encoder(run), read_json(run / "run.json")["budget"] | {"run": run.name}
+    record = read_json(run / "run.json")
+    return load_encoder(run), record["budget"] | {"run": run.name, "note": record["note"]}
 
 
 def _finetune(item, data, config, out):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown_ids', 'sample_sheet', 'embeddings', 'attention_picture', 'stacked', 'reconstruction_picture', 'warnings_of',
-           'report_parts', 'write_results']
+           'notes_of', 'report_parts', 'write_results']
 
 # %% ../../nbs/10_batch/02_alignment.ipynb #89fba9ad
 from pathlib import Path
@@ -124,6 +124,13 @@ def warnings_of(data: ImageSet) -> "list[str]":
     return told + ([f"{data.info.name}: {data.info.note}"] if data.info.note else [])
 
 
+def notes_of(results: Results) -> "list[str]":
+    "What the collapse watch said of the runs of a matrix."
+    runs = runs_table(results)
+    noted = runs[runs.get("note", pd.Series("", runs.index)).fillna("").astype(bool)]
+    return [f"{r['data']}, {r['arm']}, seed {r['seed']}: {r['note']}" for r in noted.to_dict("records")]
+
+
 def report_parts(
     found: "list[tuple[Results, ImageSet]]",  # one matrix per set
     out,                       # parent folder of all runs
@@ -141,7 +148,7 @@ def report_parts(
     config = found[0][0].config
     return parts | {
         "title": f"What {len(config.objectives)} objectives keep for each task", "stamps": list(stamps), "command": command,
-        "data": [_facts(d) | {"samples": sample_sheet(d)} for _, d in found], "findings": [w for _, d in found for w in warnings_of(d)],
+        "data": [_facts(d) | {"samples": sample_sheet(d)} for _, d in found], "findings": [w for r, d in found for w in warnings_of(d) + notes_of(r)],
         "embedding": by_set(embeddings), "reconstructions": by_set(reconstruction_picture),
         "attention": by_set(lambda r, d: attention_picture(d, r.folder, attention_steps, config.batch)),
         "config": config.model_dump(), "environment": _environment()}

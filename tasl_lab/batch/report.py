@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import require, rng, write_atomic
-from ..figures import matrix, pictures, style
+from ..figures import matrix, pictures, style, training
 
 # %% ../../nbs/10_batch/01_report.ipynb #b1d56473
 def synthetic_results() -> dict:
@@ -234,6 +234,8 @@ CAPTIONS = {
         "objective.",
     "samples": "Could you tell by eye what the tasks ask for?",
     "history": "Has the curve flattened? If not, the objective was stopped early and may be undertrained. Do the seeds agree?",
+    "agreement": "Do the parts of a loss pull together? Below zero one undoes what the other does; a part with a far smaller gradient hardly counts.",
+    "collapse": "Does a curve fall to the ground and stay there? Then all pictures have become alike to that encoder. The readings rank nothing.",
     "budget": "What each arm was given per run, as a mean over seeds: pictures seen (number) and time (seconds)."}
 _NAMES = {"data": "data set", "low": "low (95 %)", "high": "high (95 %)", "budget": "labelled pictures", "seconds": "seconds (s)",
           "pictures": "pictures seen"}
@@ -305,9 +307,14 @@ def _data_section(results, store):
 
 # %% ../../nbs/10_batch/01_report.ipynb #8baaa5a0
 def _history_section(results, store):
-    "Training curves."
+    "Training curves, agreement of the parts of a loss, and the collapse watch, where they were read."
     history = _table(results, "history")
-    return [] if history is None else [_figure(matrix.loss_curves(history), CAPTIONS["history"], store)]
+    if history is None: return []
+    read = lambda prefix: any(c.startswith(prefix) and history[c].notna().any() for c in history)
+    blocks = [_figure(matrix.loss_curves(history), CAPTIONS["history"], store)]
+    if read("part:cosine/"): blocks.append(_figure(training.agreement_curves(history), CAPTIONS["agreement"], store))
+    if read("part:rankme"): blocks.append(_figure(training.collapse_curves(history), CAPTIONS["collapse"], store))
+    return blocks
 
 
 def _budget_section(results, store):

@@ -369,6 +369,6 @@ def brain(
     factors = _factors(table, tissue, lesion, boxes, contrast)
     labels = {"pathology": table["pathology"].to_numpy(), "plane": table["plane"].map(list(PLANES).index).to_numpy()}
     masks, targets = {"tissue": tissue, "lesion": lesion.astype(np.uint8)}, {"position": table["position"].to_numpy()}
-    table = table.drop(columns=["pathology", "plane", "position", "gain", "noise", "bias"]).join(factors)
+    table = table.drop(columns=["pathology", "gain", "noise", "bias"]).join(factors)  # plane and position are known of any scan
     table = table.assign(site="template", spacing=FIELD / size * table["scale"])
     return ImageSet(np.array(picture)[:, None], _info(), labels=labels, masks=masks, boxes=boxes, targets=targets, table=table)

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['Plan', 'Loss', 'Memo', 'Objective', 'family']
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #6ca6b76d
+# %% ../../nbs/04_objectives/01_contract.ipynb #681056ba
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ..core import torch_rng
 from ..data.imageset import Batch, Info
 from ..encoders import Features
+from ..policies import policy_for
 from ..views import View, ViewSpec, make_views, to_float
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #a403d7ff
+# %% ../../nbs/04_objectives/01_contract.ipynb #0ef6ebad
 @dataclass(frozen=True)
 class Plan:
     "What an objective must know of the run it is made for."
@@ -25,6 +27,8 @@ class Plan:
     size: tuple = (64, 64)  # pixels of a picture, in array order
     rank: int = 0      # this process
     world: int = 1     # processes
+    columns: tuple = ()  # of the table that comes with each batch
+    policy: "str|None" = None  # name of the view policy; that of the set's modality by default
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Loss:
     total: torch.Tensor
     parts: dict = field(default_factory=dict)  # name -> scalar tensor, unweighted
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #e0323a25
+# %% ../../nbs/04_objectives/01_contract.ipynb #fbfe5304
 class Memo:
     "Views and features of the current step, shared by the terms of a hybrid."
     def __init__(self): self.clear()
@@ -47,18 +51,19 @@ class Memo:
 
     def encode(self, encoder, view, mode):
         mask = None if mode == "whole" else view.mask
-        key = (id(view.x), id(mask), mode, torch.is_grad_enabled(), encoder.training)
+        key = (id(encoder), id(view.x), id(mask), mode, torch.is_grad_enabled(), encoder.training)
         if key not in self.features:
             self.features[key] = encoder(view.x, mask, mode), view.x, mask  # kept, so that no other tensor takes their place in memory
             self.pictures += len(view.x)
         return self.features[key][0]
 
-# %% ../../nbs/04_objectives/01_contract.ipynb #52a2bd1e
+# %% ../../nbs/04_objectives/01_contract.ipynb #28f38d16
 class Objective(nn.Module):
     "Base of all objectives: views from a batch, a loss from views."
     def __init__(self, encoder, info: Info, plan: Plan):
         super().__init__()
         self.encoder, self.info, self.plan = encoder, info, plan
+        self.policy = policy_for(plan.policy or info.modality, getattr(encoder, "in_channels", 1))
         self.memo = Memo()
 
     def recipes(self) -> "list[ViewSpec]":
@@ -78,9 +83,23 @@ class Objective(nn.Module):
             return self.memo.view((k, spec), lambda: make_views(images, [spec], (plan.seed, k), step, batch.ids, plan.rank, plan.world)[0])
         return [view(k, spec) for k, spec in enumerate(self.recipes())]
 
-    def encode(self, view: View, mode: str = "whole") -> Features:
-        "Features of a view; passes are shared within a step."
-        return self.memo.encode(self.encoder, view, mode)
+    def draw(self, step: int, *key) -> torch.Generator:
+        "Chance of this objective at `step`, the same in every process: draw for the global batch, then take `mine`."
+        return torch_rng(type(self).__name__, self.plan.seed, step, *key)
+
+    def mine(self, drawn):
+        "This process's share (B, ...) of what was drawn for the global batch (world*B, ...)."
+        n = len(drawn) // self.plan.world
+        return drawn[self.plan.rank * n:(self.plan.rank + 1) * n]
+
+    def encode(self, view: View, mode: str = "whole", encoder=None) -> Features:
+        "Features of a view, by the trained encoder or a teacher's; passes are shared within a step."
+        return self.memo.encode(encoder or self.encoder, view, mode)
+
+    @property
+    def embedding(self) -> "torch.Tensor|None":
+        "Pooled features (B, D) of the first view that the trained encoder saw in this step."
+        return next((f.pooled.detach() for (e, *_), (f, *_) in self.memo.features.items() if e == id(self.encoder)), None)
 
     def forward(self, views: "list[View]", progress: float) -> Loss:
         "The loss of `views`; `progress` runs from 0 to 1 over the training."
@@ -91,6 +110,10 @@ class Objective(nn.Module):
         trained = [p for p in self.parameters() if p.requires_grad]
         free = lambda p: p.ndim <= 1 or len(p) == 1  # tokens and positions are (1, ...)
         return [{"params": [p for p in trained if not free(p)]}, {"params": [p for p in trained if free(p)], "weight_decay": 0.}]
+
+    def backward(self, loss: Loss) -> None:
+        "Gradients of the total, into `.grad`."
+        loss.total.backward()
 
     def after_step(self, progress: float) -> None:
         "Called after each optimiser step: teachers and queues move here."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PARADIGMS', 'CARDS', 'ALIASES', 'Card', 'parse_spec']
 
-# %% ../../nbs/04_objectives/00_cards.ipynb #72fd01cb
+# %% ../../nbs/04_objectives/00_cards.ipynb #910a48e2
 import re
 from dataclasses import dataclass, field
 
 from ..core import InputError, require
 
-# %% ../../nbs/04_objectives/00_cards.ipynb #4891fee1
+# %% ../../nbs/04_objectives/00_cards.ipynb #2c11d7ec
 PARADIGMS = ("contrastive", "non-contrastive and predictive", "generative and reconstruction", "hybrid")
 
 
@@ -31,10 +31,12 @@ class Card:
     suits: dict = field(default_factory=dict)     # task -> source of the claim
     defaults: dict = field(default_factory=dict)  # options and learning rate for small data
     paper: dict = field(default_factory=dict)     # the paper's own defaults
+    search: dict = field(default_factory=dict)    # option -> the two values that its small search tries
+    instead: str = ""            # what to use where it cannot work
     schema: int = 1              # raised when a change alters results
 
-
-CARDS = {c.id: c for c in (
+# %% ../../nbs/04_objectives/00_cards.ipynb #c168f8df
+_CONTRASTIVE = (
     Card("simclr", "SimCLR", "contrastive", "tasl_lab.objectives.contrastive:SimCLR", "arXiv:2002.05709",
          "Two random views of a picture attract each other and repel those of all other pictures in the batch.",
          invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
@@ -42,25 +44,288 @@ CARDS = {c.id: c for c in (
          needs=("a batch of at least 2, better 64 or more", "pictures that really differ: near-duplicates become negatives"),
          suits={"classification": "arXiv:2412.17041"},
          defaults={"lr": 2e-3, "temperature": .2, "projection": 128},
-         paper={"batch": 4096, "temperature": .1, "optimizer": "LARS", "lr": ".3*batch/256", "weight_decay": 1e-6}),
+         paper={"batch": 4096, "temperature": .1, "optimizer": "LARS", "lr": ".3*batch/256", "weight_decay": 1e-6},
+         search={"temperature": (.2, .5)}),
+    Card("mocov3", "MoCo v3", "contrastive", "tasl_lab.objectives.contrastive:MoCoV3", "arXiv:2104.02057",
+         "Each view must find the key of its own picture among keys made by a teacher, a slowly moving copy of the network.",
+         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         destroys=("whatever the two views do not share", "differences within a picture that do not tell it from others"),
+         needs=("a batch of at least 2; with a queue, small batches suffice", "pictures that really differ: near-duplicates become negatives"),
+         suits={"classification": "arXiv:2412.17041"},
+         defaults={"lr": 6e-3, "temperature": .2, "momentum": .9, "projection": 128, "queue": 0},
+         paper={"batch": 4096, "temperature": .2, "momentum": ".99 to 1", "projection": 256, "queue": 0, "optimizer": "AdamW", "lr": "1.5e-4*batch/256",
+                "weight_decay": .1, "patch projection": "frozen"},
+         search={"queue": (0, 512), "momentum": (.9, .99)}),
+    Card("pcl", "Positional contrastive learning", "contrastive", "tasl_lab.objectives.contrastive:PCL", "arXiv:2106.09157",
+         "Slices from nearly the same height of the body attract each other, also across patients, and repel slices from elsewhere.",
+         invariant=("the patient, where slices lie at one height", "position and scale, through crops", "gain and offset, through intensity jitter"),
+         destroys=("what differs between patients at one height, such as a lesion or a tumour", "differences between neighbouring slices"),
+         needs=("a column 'position' (0 to 1 along the volume) in the table", "slices from all along the volume in each batch"),
+         suits={"segmentation": "arXiv:2106.09157"}, instead="simclr where positions are unknown",
+         defaults={"lr": 2e-3, "threshold": .3, "temperature": .2, "projection": 128},
+         paper={"batch": 32, "threshold": ".1 to .35", "temperature": .1, "optimizer": "SGD", "lr": .1},
+         search={"threshold": (.1, .3)}),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #df7a8c9b
+_DENSE = (
+    Card("densecl", "DenseCL", "contrastive", "tasl_lab.objectives.dense:DenseCL", "arXiv:2011.09157",
+         "Each place of a view attracts the place of the other view that a slow teacher finds most like it, and repels other pictures; whole views do too.",
+         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         destroys=("differences between places that look alike",),
+         needs=("a map of at least 2 cells per axis", "a batch of at least 2, better 64 or more, or a queue"),
+         suits={"segmentation": "arXiv:2011.09157", "detection": "arXiv:2011.09157"}, instead="mocov3 on very small pictures",
+         defaults={"lr": 2e-3, "dense": .5, "temperature": .2, "momentum": .99, "projection": 128, "queue": 512},
+         paper={"batch": 256, "dense": .5, "temperature": .2, "momentum": .999, "projection": 128, "queue": 65536, "optimizer": "SGD", "lr": .03,
+                "weight_decay": 1e-4},
+         search={"dense": (.5, .8), "queue": (0, 512)}),
+    Card("pixpro", "PixPro", "non-contrastive and predictive", "tasl_lab.objectives.dense:PixPro", "arXiv:2011.10043",
+         "What one view sees at a place, smoothed over places that look alike, predicts what a slow teacher sees there in the other view.",
+         invariant=("crop and scale: a place keeps its features wherever it lies in the view", "gain and offset, through intensity jitter"),
+         destroys=("texture finer than a cell", "small structures, where smoothing spreads their surroundings over them"),
+         needs=("a map of at least 2 cells per axis", "crops that overlap"),
+         suits={"segmentation": "arXiv:2011.10043", "detection": "arXiv:2011.10043"}, instead="byol on very small pictures",
+         defaults={"lr": 2e-3, "threshold": .7, "gamma": 1., "momentum": .99, "projection": 128},
+         paper={"batch": 1024, "threshold": .7, "gamma": 2., "momentum": ".99 to 1", "projection": 256, "optimizer": "LARS", "lr": "1.0*batch/256",
+                "weight_decay": 1e-5},
+         search={"momentum": (.9, .99), "gamma": (1., 2.)}),
+    Card("vicregl", "VICRegL", "non-contrastive and predictive", "tasl_lab.objectives.dense:VICRegL", "arXiv:2210.01571",
+         "Views agree as wholes, and cell by cell where they show the same place or look alike; variance and decorrelation prevent collapse.",
+         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         destroys=("whatever the two views do not share", "cells without a close match in the other view"),
+         needs=("a map of at least 2 cells per axis", "a batch of at least 2, better 64 or more: variance is taken over it"),
+         suits={"segmentation": "arXiv:2210.01571"}, instead="vicreg on very small pictures",
+         defaults={"lr": 6e-3, "alpha": .75, "matches": 20, "sim": 25., "std": 25., "cov": 1., "projection": 128, "hidden": 256},
+         paper={"batch": 2048, "alpha": .75, "matches": 20, "sim": 25., "std": 25., "cov": 1., "projection": 8192, "cells": 512, "optimizer": "LARS",
+                "lr": ".2*batch/256", "weight_decay": 1e-6},
+         search={"alpha": (.25, .75), "matches": (4, 20)}),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #bff2ed84
+_VIEWS = ("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter")
+_SIAMESE = (
+    Card("byol", "BYOL", "non-contrastive and predictive", "tasl_lab.objectives.siamese:BYOL", "arXiv:2006.07733",
+         "Predict from one view what a teacher, a slow average of the network, makes of the other view.",
+         invariant=_VIEWS,
+         destroys=("whatever the two views do not share", "rare details that are not needed to predict the other view"),
+         needs=("a batch of at least 2, for the norms of its head", "enough steps for the teacher to follow"),
+         suits={"classification": "arXiv:2006.07733"},
+         defaults={"lr": 6e-3, "momentum": .99, "projection": 128, "hidden": 256},
+         paper={"batch": 4096, "momentum": ".996, rising to 1", "projection": 256, "hidden": 4096,
+                "optimizer": "LARS", "lr": ".2*batch/256", "weight_decay": 1.5e-6},
+         search={"momentum": (.96, .99)}),
+    Card("simsiam", "SimSiam", "non-contrastive and predictive", "tasl_lab.objectives.siamese:SimSiam", "arXiv:2011.10566",
+         "Predict from one view the projection of the other, which is held still within the step.",
+         invariant=_VIEWS,
+         destroys=("whatever the two views do not share", "what varies quickly among views, which its narrow predictor averages out"),
+         needs=("a batch of at least 2, for the norms of its head", "a watch on collapse: its loss looks best when all pictures have become alike"),
+         suits={"classification": "arXiv:2011.10566"},
+         defaults={"lr": 2e-3, "projection": 128, "hidden": 256, "bottleneck": 32, "output_norm": True, "stop_gradient": True},
+         paper={"batch": 512, "projection": 2048, "hidden": 2048, "bottleneck": 512, "optimizer": "SGD", "lr": ".05*batch/256", "weight_decay": 1e-4},
+         search={"bottleneck": (32, 64)}),
+    Card("barlowtwins", "Barlow Twins", "non-contrastive and predictive", "tasl_lab.objectives.siamese:BarlowTwins", "arXiv:2103.03230",
+         "Each dimension of the projection agrees with itself across two views and is uncorrelated with all others.",
+         invariant=_VIEWS,
+         destroys=("whatever the two views do not share", "how often something occurs: each dimension is scaled to variance 1"),
+         needs=("a batch of at least 2, better 64 or more: correlations are estimated within it",),
+         suits={"classification": "arXiv:2103.03230"},
+         defaults={"lr": 2e-3, "redundancy": .02, "projection": 128, "hidden": 256},
+         paper={"batch": 2048, "redundancy": 5e-3, "projection": 8192, "hidden": 8192, "optimizer": "LARS", "lr": ".2*batch/256", "weight_decay": 1.5e-6},
+         search={"redundancy": (5e-3, 2e-2)}),
+    Card("vicreg", "VICReg", "non-contrastive and predictive", "tasl_lab.objectives.siamese:VICReg", "arXiv:2105.04906",
+         "Two views agree, while each dimension keeps varying over the batch and no two dimensions vary together.",
+         invariant=_VIEWS,
+         destroys=("whatever the two views do not share",),
+         needs=("a batch of at least 2, better 64 or more: variances and covariances are estimated within it",),
+         suits={"classification": "arXiv:2105.04906"},
+         defaults={"lr": 6e-3, "sim": 25., "std": 25., "cov": .2, "projection": 128, "hidden": 256},
+         paper={"batch": 2048, "sim": 25, "std": 25, "cov": 1, "projection": 8192, "hidden": 8192,
+                "optimizer": "LARS", "lr": ".2*batch/256", "weight_decay": 1e-6},
+         search={"cov": (.2, 1.)}),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #9464aba3
+_DISTILLED = {"prototypes": 256, "hidden": 256, "bottleneck": 64, "norm": True, "momentum": .95, "temperature": .1, "start_temperature": .03,
+              "teacher_temperature": .04, "warmup": .3, "centring": .9, "local": 2}
+_TOKENS = {"tokens": 1., "least": .1, "most": .5, "masked": .5, "blocks": True}
+_PARTS = ("position and scale, also of small parts", "side, through mirroring", "gain and offset, through intensity jitter")
+_DISTILLATION = (
+    Card("swav", "SwAV", "non-contrastive and predictive", "tasl_lab.objectives.distillation:SwAV", "arXiv:2006.09882",
+         "Each view predicts to which prototypes another view of the picture was assigned; assignments use all prototypes equally over the batch.",
+         invariant=_PARTS, destroys=("whatever the views do not share", "how common a finding is: rare and frequent looks get equally many prototypes"),
+         needs=("a batch of at least 2, better as many pictures as prototypes, or a queue", "sides that are multiples of the coarsest stride"),
+         suits={"classification": "arXiv:2006.09882"},
+         defaults={"lr": 6e-3, "prototypes": 64, "hidden": 256, "bottleneck": 64, "temperature": .1, "epsilon": .01, "rounds": 3, "local": 2, "queue": 0},
+         paper={"batch": 4096, "prototypes": 3000, "hidden": 2048, "bottleneck": 128, "temperature": .1, "epsilon": .05, "rounds": 3, "local": 6,
+                "queue": "3840 at batch 256, after 15 epochs", "prototypes held still": "first epoch", "optimizer": "LARS", "lr": "4.8 at batch 4096",
+                "weight_decay": 1e-6},
+         search={"epsilon": (.01, .03), "prototypes": (64, 256)}),
+    Card("dino", "DINO", "non-contrastive and predictive", "tasl_lab.objectives.distillation:DINO", "arXiv:2104.14294",
+         "From any view, also a small one, name the soft class that a teacher, a slow average of the network, gives another view of the picture.",
+         invariant=_PARTS, destroys=("whatever the views do not share", "what all pictures have in common: the centre takes it out"),
+         needs=("enough steps for the teacher to follow", "small crops that still tell the picture; the policy sets their size",
+                "sides that are multiples of the coarsest stride"),
+         suits={"classification": "arXiv:2104.14294"},
+         defaults={"lr": 2e-3} | _DISTILLED | {"momentum": .99},
+         paper={"batch": 1024, "prototypes": 65536, "hidden": 2048, "bottleneck": 256, "norm": False, "momentum": ".996 to 1", "temperature": .1,
+                "start_temperature": .04, "teacher_temperature": .07, "warmup": "30 epochs", "centring": .9, "local": 8, "optimizer": "AdamW",
+                "lr": "5e-4*batch/256", "weight_decay": ".04 to .4", "prototypes held still": "first epoch"},
+         search={"momentum": (.95, .99), "norm": (True, False)}),
+    Card("ibot", "iBOT", "hybrid", "tasl_lab.objectives.tokens:IBOT", "arXiv:2111.07832",
+         "DINO, and besides: name the soft class that the teacher gives to each place that is hidden from the student.",
+         invariant=_PARTS, destroys=("whatever the views do not share", "detail within a place that its soft class does not tell"),
+         needs=("at least 2 cells, better 8 per axis", "enough steps for the teacher to follow"), instead="dino on very small pictures",
+         suits={"segmentation": "arXiv:2205.10342", "classification": "arXiv:2111.07832"},
+         defaults={"lr": 2e-3} | _TOKENS | {"tied": True} | _DISTILLED,
+         paper={"batch": 1024, "prototypes": 8192, "hidden": 2048, "bottleneck": 256, "norm": False, "momentum": ".996 to 1", "temperature": .1,
+                "start_temperature": .04, "teacher_temperature": .07, "warmup": "30 epochs", "centring": .9, "local": 10, "tokens": 1., "least": .1,
+                "most": .5, "masked": .5, "blocks": True, "tied": True, "optimizer": "AdamW", "lr": "5e-4*batch/256", "weight_decay": ".04 to .4"},
+         search={"tokens": (.5, 1.), "momentum": (.95, .99)}),
+    Card("dinov2", "DINOv2", "hybrid", "tasl_lab.objectives.tokens:DINOv2", "arXiv:2304.07193",
+         "iBOT with a teacher's head of its own for places, and a push of each picture away from its nearest neighbour in the batch.",
+         invariant=_PARTS, destroys=("whatever the views do not share", "near-duplicates' likeness: adjacent slices are pushed apart"),
+         needs=("a batch of at least 2, better 64 or more: neighbours are sought in it", "pictures that really differ: near-duplicates are pushed apart"),
+         instead="dino on very small pictures", suits={"classification": "arXiv:2304.07193", "segmentation": "arXiv:2304.07193"},
+         defaults={"lr": 2e-3, "koleo": .02} | _TOKENS | {"tied": False} | _DISTILLED,
+         paper={"batch": 2048, "prototypes": 65536, "hidden": 2048, "bottleneck": 256, "norm": False, "momentum": ".992 to 1", "temperature": .1,
+                "start_temperature": .04, "teacher_temperature": .07, "local": 8, "tokens": 1., "least": .1, "most": .5, "masked": .5, "tied": False,
+                "koleo": .1, "centring": "Sinkhorn", "optimizer": "AdamW", "lr": "4e-3*sqrt(batch/1024)", "weight_decay": ".04 to .2"},
+         search={"koleo": (.02, .1), "tokens": (.5, 1.)}),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #6740804d
+_PREDICTIVE = (
+    Card("rotation", "Rotation", "non-contrastive and predictive", "tasl_lab.objectives.predictive:Rotation", "arXiv:1803.07728",
+         "The picture is turned by quarters, and the encoder says how far: to see which way is up it must know the anatomy.",
+         invariant=("position and scale, through mild crops", "side, where mirroring is safe"),
+         destroys=("whatever looks the same in every turn: texture, round lesions",),
+         needs=("a canonical up: none in histology, ultrasound, dermoscopy, endoscopy", "no burnt-in letters, table or thick slices that show where up is"),
+         suits={"classification": "arXiv:1803.07728", "segmentation": "arXiv:2006.03829"},
+         defaults={"lr": 6e-3, "copies": 2},
+         paper={"copies": 4, "batch": 128, "optimizer": "SGD", "lr": .1, "weight_decay": 5e-4},
+         search={"copies": (1, 2)}, instead="volumefusion or masked where nothing is up"),
+    Card("relativeposition", "Relative position", "non-contrastive and predictive", "tasl_lab.objectives.predictive:RelativePosition", "arXiv:1505.05192",
+         "Two tiles are cut from a picture, and the encoder says where the second lies, seen from the first.",
+         invariant=("position and scale, through mild crops", "brightness and contrast of a tile, which are levelled"),
+         destroys=("absolute intensity, such as Hounsfield units", "structures larger than a tile"),
+         needs=("pictures with a layout: in even tissue only shortcuts are left", "three tiles with gaps along each side"),
+         suits={"detection": "arXiv:1505.05192", "segmentation": "arXiv:2006.03829"},
+         defaults={"lr": 6e-3, "pairs": 4, "gap": .25, "tile": None, "standardize": False},
+         paper={"pairs": 1, "tile": 96, "gap": .5, "jitter": 7},
+         search={"pairs": (1, 4), "standardize": (True, False)}, instead="volumefusion on small pictures"),
+    Card("jigsaw", "Jigsaw", "non-contrastive and predictive", "tasl_lab.objectives.predictive:Jigsaw", "arXiv:1603.09246",
+         "The tiles of a picture come in a wrong order, and the encoder names the order.",
+         invariant=("position and scale, through mild crops", "brightness and contrast of a tile, which are levelled"),
+         destroys=("absolute intensity, such as Hounsfield units", "structures larger than a tile"),
+         needs=("pictures with a layout: in even tissue only shortcuts are left", "three tiles with gaps along each side, two in volumes"),
+         suits={"detection": "arXiv:1603.09246", "segmentation": "arXiv:2006.03829"},
+         defaults={"lr": 2e-3, "orders": 16, "cells": None, "gap": .25, "tile": None, "standardize": False},
+         paper={"orders": 1000, "cells": 3, "tile": 64, "gap": "0 to 22 pixels of jitter", "batch": 256, "optimizer": "SGD", "lr": .01},
+         search={"orders": (16, 64), "standardize": (True, False)}, instead="volumefusion on small pictures"),
+    Card("volumefusion", "Volume fusion", "non-contrastive and predictive", "tasl_lab.objectives.fusion:VolumeFusion", "arXiv:2306.16925",
+         "Another picture is laid over this one within random boxes, and each pixel says how strongly: segmentation without annotation.",
+         invariant=("position and scale, through mild crops", "side, where mirroring is safe"),
+         destroys=("faint findings under another picture, in that step",),
+         needs=("a batch of at least 2", "pictures of one kind, or foreground and background are told apart by their look"),
+         suits={"segmentation": "arXiv:2306.16925"},
+         defaults={"lr": 6e-3, "levels": 2, "boxes": (5, 20), "sides": (.1, .4)},
+         paper={"levels": 4, "boxes": (10, 40), "sides": "8 to 40 x 80 x 80 voxels"},
+         search={"levels": (2, 4)}, instead="masked, which needs no second picture"),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #1bd0399d
+_MASKED = (
     Card("mae", "MAE", "generative and reconstruction", "tasl_lab.objectives.masked:MAE", "arXiv:2111.06377",
          "Most patches are left out; the encoder sees the rest, and a small decoder restores what is missing.",
          invariant=("mild crops",), destroys=("lesions that lie wholly under the mask, in that step",),
-         needs=("a ViT: hidden tokens are left out",), encoders=("ViT",),
+         needs=("a ViT: hidden tokens are left out",), encoders=("ViT",), instead="spark on a CNN",
          suits={"segmentation": "arXiv:2410.23132", "detection": "arXiv:2509.15947"},
-         defaults={"lr": 1e-3, "ratio": .75, "normalize": False, "decoder": 64, "depth": 2},
-         paper={"ratio": .75, "normalize": True, "decoder": 512, "depth": 8, "lr": "1.5e-4*batch/256", "weight_decay": .05}),
+         defaults={"lr": 2e-3, "ratio": .6, "normalize": True, "decoder": 64, "depth": 2},
+         paper={"ratio": .75, "normalize": True, "decoder": 512, "depth": 8, "lr": "1.5e-4*batch/256", "weight_decay": .05},
+         search={"ratio": (.6, .75), "normalize": (False, True)}),
     Card("spark", "SparK", "generative and reconstruction", "tasl_lab.objectives.masked:SparK", "arXiv:2301.03580",
          "Masked modelling for convolutions: hidden cells are emptied after every layer, and a decoder over all levels restores them.",
          invariant=("mild crops",), destroys=("lesions that lie wholly under the mask, in that step",),
-         needs=("a CNN with several levels",), encoders=("CNN",),
+         needs=("a CNN with several levels",), encoders=("CNN",), instead="mae on a ViT",
          suits={"segmentation": "arXiv:2410.23132", "detection": "arXiv:2509.15947"},
-         defaults={"lr": 2e-3, "ratio": .6, "unit": 8, "normalize": False},
-         paper={"ratio": .6, "unit": 32, "normalize": True, "optimizer": "LAMB", "lr": "2e-4*batch/256"}),
-)}
+         defaults={"lr": 2e-3, "ratio": .6, "unit": 8, "normalize": True},
+         paper={"ratio": .6, "unit": 32, "normalize": True, "optimizer": "LAMB", "lr": "2e-4*batch/256"},
+         search={"ratio": (.6, .75), "normalize": (False, True)}),
+    Card("simmim", "SimMIM", "generative and reconstruction", "tasl_lab.objectives.masked:SimMIM", "arXiv:2111.09886",
+         "Hidden cells pass through the encoder as one learned token (zeros in a CNN), and a single linear layer predicts their pixels.",
+         invariant=("mild crops",), destroys=("lesions that lie wholly under the mask, in that step",),
+         needs=("pictures of at least two mask cells along each axis",),
+         suits={"segmentation": "arXiv:2204.11716"},
+         defaults={"lr": 6e-3, "ratio": .8, "unit": None},
+         paper={"ratio": .6, "unit": 32, "lr": "8e-4 at batch 2048", "weight_decay": .05},
+         search={"ratio": (.6, .8)}, instead="spark on a CNN, mae on a ViT"),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #66f2f882
+_RESTORATION = (
+    Card("inpainting", "Context encoder", "generative and reconstruction", "tasl_lab.objectives.restoration:Inpainting", "arXiv:1604.07379",
+         "A few rectangular holes are filled with the mean; what was in them is restored from the context, without an adversarial term.",
+         invariant=("mild crops",), destroys=("lesions that lie wholly in a hole, in that step",),
+         needs=("pictures whose parts tell of each other: noise cannot be inferred",),
+         suits={"segmentation": "arXiv:1604.07379"},
+         defaults={"lr": 5e-4, "holes": 4, "share": .5},
+         paper={"share": .25, "adversarial": .001, "optimizer": "Adam"},
+         search={"share": (.25, .5)}, instead="denoising, which hides nothing"),
+    Card("denoising", "Denoising and deblurring autoencoder", "generative and reconstruction", "tasl_lab.objectives.restoration:Denoising",
+         "Vincent et al., ICML 2008",
+         "Noise and blur of random strength are to be undone, which takes knowledge of what borders and texture look like.",
+         invariant=("mild crops", "noise and sharpness, up to the given limits"), destroys=("texture finer than the blur", "contrast fainter than the noise"),
+         needs=("pictures cleaner than what is added to them; on ultrasound use noise=0: its speckle is texture",),
+         suits={"classification": "arXiv:2306.08249"},
+         defaults={"lr": 5e-4, "noise": 0., "blur": 3.},
+         paper={"corruption": "a share of 0.1 to 0.5 of the inputs set to 0", "depth": "layer by layer"},
+         search={"noise": (.1, 0.), "blur": (1.5, 3.)}, instead="inpainting where pictures are noisy themselves"),
+    Card("modelsgenesis", "Models Genesis", "generative and reconstruction", "tasl_lab.objectives.restoration:ModelsGenesis", "arXiv:1908.06912",
+         "Shuffled detail, a bent intensity scale and painted-over regions, all at random, are to be undone.",
+         invariant=("mild crops", "shuffling within small windows"), destroys=("what lies outside the kept windows, in most steps",),
+         needs=("intensities that mean something: what a bent scale hides must be told from anatomy",),
+         suits={"segmentation": "arXiv:1908.06912"},
+         defaults={"lr": 2e-3, "nonlinear": .9, "shuffle": .5, "paint": .9, "outpaint": .2, "window": .1},
+         paper={"nonlinear": .9, "shuffle": .5, "paint": .9, "outpaint": .8, "crop": "64x64x32", "optimizer": "SGD", "lr": 1.},
+         search={"outpaint": (.8, .2)}, instead="inpainting where the scale of intensities is arbitrary"),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #ac5e4f13
+_HYBRIDS = (
+    Card("swinunetr", "Swin UNETR pre-training", "hybrid", "tasl_lab.objectives.hybrids:SwinUNETR", "arXiv:2111.14791",
+         "Two spoiled and turned versions of a crop are restored, their turns are told, and they attract each other, with one pass each.",
+         invariant=("mild crops", "holes", "quarter turns, through the contrast, though the rotation asks for them"),
+         destroys=("differences within a picture that do not tell it from others",),
+         needs=("a batch of at least 2", "a canonical up: else set rotation=0"),
+         suits={"segmentation": "arXiv:2111.14791"},
+         defaults={"lr": 6e-3, "inpainting": 5., "rotation": 1., "contrast": .3, "temperature": .5, "projection": 128, "holes": 4, "share": .3},
+         paper={"inpainting": 1., "rotation": 1., "contrast": 1., "temperature": .5, "projection": 512, "crop": 96, "lr": 4e-4},
+         search={"inpainting": (1., 5.), "contrast": (1., .3)}, instead="simclr+inpainting where there is no canonical up"),
+    Card("dira", "DiRA", "hybrid", "tasl_lab.objectives.hybrids:DiRA", "arXiv:2204.10437",
+         "Two views agree (SimSiam), and each is restored to the untouched crop by a decoder with skips; the adversarial term is left out.",
+         invariant=("position and scale, through crops", "gain and offset, through intensity jitter; the restoration asks for them back"),
+         destroys=("little: what the comparison forgets, the restoration asks for",),
+         needs=("a batch of at least 2",),
+         suits={"classification": "arXiv:2204.10437", "segmentation": "arXiv:2204.10437"},
+         defaults={"lr": 2e-3, "discrimination": 1., "restoration": 10., "projection": 128, "hidden": 256, "bottleneck": 32, "holes": 4, "share": .25},
+         paper={"discrimination": 1., "restoration": "10, on intensities from 0 to 1", "adversarial": .001, "batch": 256, "lr": .03, "optimizer": "SGD"},
+         search={"restoration": (1., 10.)}, instead="inpainting with a batch of 1"),
+    Card("pcrlv2", "PCRLv2", "hybrid", "tasl_lab.objectives.hybrids:PCRLv2", "arXiv:2301.00772",
+         "A decoder without skips restores two views at several scales, and each of its stages agrees with the other view and with small crops.",
+         invariant=("position and scale, through crops", "gain and offset, through intensity jitter; the restoration asks for them back"),
+         destroys=("little: what the comparison forgets, the restoration asks for",),
+         needs=("a batch of at least 2", "small crops that still show the finding"),
+         suits={"classification": "arXiv:2301.00772", "segmentation": "arXiv:2301.00772"},
+         defaults={"lr": 2e-3, "restoration": 10., "comparison": 1., "crops": 2, "holes": 4, "share": .25},
+         paper={"restoration": 1., "comparison": 1., "crops": 6, "epochs": 240, "optimizer": "SGD"},
+         search={"restoration": (1., 10.)}, instead="inpainting with a batch of 1"),
+)
+
+# %% ../../nbs/04_objectives/00_cards.ipynb #ec343a84
+CARDS = {c.id: c for c in (*_CONTRASTIVE, *_DENSE, *_SIAMESE, *_DISTILLATION, *_PREDICTIVE, *_MASKED, *_RESTORATION, *_HYBRIDS)}
 ALIASES = {"masked": {"CNN": "spark", "ViT": "mae"}}  # one name, resolved by the encoder
 
-# %% ../../nbs/04_objectives/00_cards.ipynb #8c3a10b4
+# %% ../../nbs/04_objectives/00_cards.ipynb #58821ccb
 def _term(spec: str, text: str) -> "tuple[float, str]":
     "Weight and id of one term."
     weight, _, name = text.rpartition("*")

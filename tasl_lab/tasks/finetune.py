@@ -130,7 +130,7 @@ def finetune(
     seed: int = 0,            # of order and crops
     steps: int = 300,         # of the optimiser; the last one is kept
     batch: int = 32,          # pictures per step
-    lr: float = 5e-4,         # highest rate of the encoder; the head has ten times as much
+    lr: float = 2e-3,         # highest rate of the encoder; the head has ten times as much
     augment=LIGHT,            # ViewSpec, or None
     device: str = "auto",     # see `pick_device`
     precision: str = "auto",  # see `pick_precision`
