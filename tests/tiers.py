@@ -36,7 +36,7 @@ TIERS = {
         Stage("in step", "python tests/in_step.py", 30),
         Stage("ruff", "ruff check nbs tests .ci", 10),
         Stage("notebooks", f"{NBTEST} 120 --skip-folder-re '^([_.]|lessons$)'", 420),
-        Stage("pytest", PYTEST, 300),
+        Stage("pytest", f"{PYTEST} -n {WORKERS} --dist loadfile", 300),
         Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 90),
     ],
     "slow": [
