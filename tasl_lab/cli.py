@@ -157,9 +157,11 @@ def main(
 
 
 def _objectives_text(answer) -> str:
+    from tasl_lab.objectives.cards import PARADIGMS
     rows = [c | {"encoders": ", ".join(c["encoders"])} for c in answer["objectives"]]
     named = [f"{a} stands for {' and '.join(f'{i} on a {f}' for f, i in to.items())}" for a, to in answer["aliases"].items()]
-    return "\n".join([_table(rows, ["id", "paradigm", "encoders", "source", "idea"]), "", *named, "Terms add up: simclr+0.5*masked"])
+    blocks = [f"{p.upper()}\n{_table([r for r in rows if r['paradigm'] == p], ['id', 'encoders', 'source', 'idea'])}\n" for p in PARADIGMS]
+    return "\n".join([*blocks, *named, "Terms add up: simclr+0.5*masked"])
 
 
 @command(show=_objectives_text, examples=["tasl objectives", "tasl objectives --json"])

@@ -12,6 +12,7 @@ from tasl_lab.core import InputError
 from tasl_lab.data.imageset import ImageSet, Info
 from tasl_lab.encoders import Features
 from tasl_lab.objectives.base import Plan
+from tasl_lab.objectives.cards import CARDS
 from tasl_lab.objectives.compose import make
 from tasl_lab.objectives.contrastive import Queue
 from tasl_lab.objectives.dense import best_match, centres, closest, densecl_loss, overlay, pixpro_loss, propagate, same_spot, vicregl_loss
@@ -210,12 +211,12 @@ def test_pixpro_without_any_pair_costs_nothing():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_pixpro_goes_both_ways(dims):
     objective, data = small("pixpro", dims=dims)
-    views = objective.views(data.batch(range(8)), 0)
+    views, gamma = objective.views(data.batch(range(8)), 0), CARDS["pixpro"].defaults["gamma"]
     assert objective.stride == 4
     loss = 0.
     for a, b in (views, views[::-1]):
         x, slow = objective.see(a, objective), objective.see(b, objective.teacher).detach()
-        loss = loss + pixpro_loss(propagate(x, objective.transform(x), 2.), slow, same_spot(a, b, 4, .7))
+        loss = loss + pixpro_loss(propagate(x, objective.transform(x), gamma), slow, same_spot(a, b, 4, .7))
     objective.memo.clear()  # a second graph, so that both can be differentiated
     alike(objective(views, 0.).total, loss, *objective.encoder.parameters(), *objective.transform.parameters())
 

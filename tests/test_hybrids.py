@@ -27,7 +27,7 @@ def random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator
 ])
 def test_total_is_the_weighted_sum_of_unweighted_parts(spec, weights):
     weighted, batch = small_objective(spec, **{spec: weights})
-    plain, _ = small_objective(spec)
+    plain, _ = small_objective(spec, **{spec: dict.fromkeys(weights, 1.)})
     a, b = (o(o.views(batch, 0), 0.) for o in (weighted, plain))
     every = weights | ({"local": weights["comparison"]} if spec == "pcrlv2" else {})
     assert a.parts.keys() == b.parts.keys() == every.keys()

@@ -171,7 +171,7 @@ def test_pixels_of_small_tiles_are_repeated():
 
 @pytest.mark.parametrize("spec", ["relativeposition", "jigsaw"])
 def test_tiles_are_levelled(spec):
-    levelled, batch = small_objective(spec, channels=2)
+    levelled, batch = small_objective(spec, channels=2, **{spec: {"standardize": True}})
     raw, _ = small_objective(spec, channels=2, **{spec: {"standardize": False}})
     for v, w in zip(levelled.views(batch, 0), raw.views(batch, 0)):
         for tile, before in zip(v.x.numpy(), w.x.numpy().astype(float)):
@@ -268,7 +268,7 @@ def test_boxes_keep_to_what_was_asked(size):
 
 @pytest.mark.parametrize("dims, batch", [(2, 8), (3, 4), (2, 5)])
 def test_neighbours_in_the_batch_are_fused(dims, batch):
-    objective, data = small_objective("volumefusion", dims=dims, batch=batch)
+    objective, data = small_objective("volumefusion", dims=dims, batch=batch, volumefusion={"levels": 4})
     view, = objective.views(data, 0)
     source = objective.memo.view((0, objective.recipes()[0]), None).x
     assert view.target.dtype == torch.long and view.target.shape == (batch, 1, *source.shape[2:])

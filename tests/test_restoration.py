@@ -158,7 +158,7 @@ def test_blur_and_noise_is_a_plain_loop(spatial):
 
 @pytest.mark.parametrize("option, value", [("noise", 0), ("blur", 0)])
 def test_denoising_can_do_one_alone(option, value):
-    objective, batch = small_objective("denoising", denoising={option: value})
+    objective, batch = small_objective("denoising", denoising={"noise": .1, "blur": 1.5} | {option: value})
     view = objective.views(batch, 0)[0]
     difference = (view.x - view.target).flatten(1)
     if option == "blur":  # noise alone: of different strength in each picture, within its limit of 0.1 x 4
