@@ -24,6 +24,21 @@ def config(spec="spark", encoder="cnn-tiny", **given):
 def losses(states): return [s.loss for s in states]
 
 
+# ---------- the collapse watch ----------
+
+def test_a_collapsed_run_says_so(tmp_path):
+    "SimSiam without what keeps it from collapsing, and as it should be: the note of the last step, its record and its readings."
+    from tasl_lab.data.phantom import phantom
+    data, notes = phantom(64, size=32, seed=3), {}
+    for name, options in {"broken": {"stop_gradient": False, "output_norm": False}, "sound": {}}.items():
+        c = config("simsiam", steps=40, batch=32, lr=5e-3, options={"simsiam": options}, watch=10)
+        states = list(pretrain(c, data, tmp_path / name, "cpu"))
+        notes[name] = states[-1].note
+        assert read_json(tmp_path / name / "run.json")["note"] == states[-1].note
+        assert [s.step - 1 for s in states if "rankme" in s.parts] == [0, 10, 20, 30, 39] and {"spread", "head/spread"} <= set(states[0].parts)
+    assert notes["broken"].startswith("Collapsed") and "try" in notes["broken"] and notes["sound"] == ""
+
+
 # ---------- resume ----------
 
 @pytest.mark.parametrize("spec, encoder", SPECS)
