@@ -2,15 +2,27 @@
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from tasl_lab.data.imageset import ImageSet, Info
-from tasl_lab.encoders import make_encoder
+from tasl_lab.encoders import Features, make_encoder
 from tasl_lab.objectives.base import Plan, family
 from tasl_lab.objectives.cards import CARDS, parse_spec
 from tasl_lab.objectives.compose import make
 
 SIZES = {2: (16, 16), 3: (8, 8, 8)}
 OPTIONS = {"spark": {"unit": 4}, "simmim": {"unit": 4}}  # mask cells that fit pictures of 16 and 8 pixels
+
+
+class Flat(nn.Module):
+    "The smallest encoder: one matrix."
+    modes, name, width = ("whole",), "flat", 12
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(256, self.width)
+
+    def forward(self, x, mask=None, mode="whole"): return Features(self.map(x.flatten(1)), [])
 
 
 def small_encoder(family, dims=2, channels=1, seed=0):

@@ -7,26 +7,14 @@ import pandas as pd
 import pytest
 import torch
 from ranks import two_processes
+from small import Flat
 from torch import nn
 
 from tasl_lab.core import InputError
 from tasl_lab.data.imageset import ImageSet, Info
-from tasl_lab.encoders import Features
 from tasl_lab.objectives.base import Plan
 from tasl_lab.objectives.compose import make
 from tasl_lab.objectives.contrastive import MoCoV3, Queue, info_nce, positional_loss, same_place, similarities
-
-
-class Flat(nn.Module):
-    "The smallest encoder: one matrix."
-    modes, name, width = ("whole",), "flat", 12
-
-    def __init__(self):
-        super().__init__()
-        self.map = nn.Linear(256, self.width)
-
-    def forward(self, x, mask=None, mode="whole"): return Features(self.map(x.flatten(1)), [])
-
 
 POSITION = [.0, .05, .5, .52, .55, .9, .3, .97]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import two_processes
-from small import SIZES, gradients, small_encoder, small_objective, small_set
+from small import SIZES, Flat, gradients, small_encoder, small_objective, small_set
 from torch import nn
 
 from tasl_lab.core import InputError
 from tasl_lab.data.imageset import ImageSet, Info
-from tasl_lab.encoders import Features, Visibility, VisibleGroupNorm, fold, make_encoder, unfold
+from tasl_lab.encoders import Visibility, VisibleGroupNorm, fold, make_encoder, unfold
 from tasl_lab.objectives.base import Plan
 from tasl_lab.objectives.cards import CARDS
 from tasl_lab.objectives.compose import gradient_agreement, make, operate
@@ -55,17 +55,6 @@ def test_nt_xent_keeps_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16): mixed = nt_xent(a, b, .1)
     assert torch.allclose(full, mixed, atol=1e-5)
     for x, y in zip(torch.autograd.grad(full, [a, b]), torch.autograd.grad(mixed, [a, b])): assert torch.allclose(x, y, atol=1e-5)
-
-
-class Flat(nn.Module):
-    "The smallest encoder: one matrix."
-    modes, name, width = ("whole",), "flat", 12
-
-    def __init__(self):
-        super().__init__()
-        self.map = nn.Linear(256, self.width)
-
-    def forward(self, x, mask=None, mode="whole"): return Features(self.map(x.flatten(1)), [])
 
 
 def flat_simclr(rank, world):

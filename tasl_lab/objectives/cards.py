@@ -36,10 +36,11 @@ class Card:
     schema: int = 1              # raised when a change alters results
 
 # %% ../../nbs/04_objectives/00_cards.ipynb #c168f8df
+_VIEWS = ("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter")
 _CONTRASTIVE = (
     Card("simclr", "SimCLR", "contrastive", "tasl_lab.objectives.contrastive:SimCLR", "arXiv:2002.05709",
          "Two random views of a picture attract each other and repel those of all other pictures in the batch.",
-         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         invariant=_VIEWS,
          destroys=("whatever the two views do not share", "differences within a picture that do not tell it from others"),
          needs=("a batch of at least 2, better 64 or more", "pictures that really differ: near-duplicates become negatives"),
          suits={"classification": "arXiv:2412.17041"},
@@ -48,7 +49,7 @@ _CONTRASTIVE = (
          search={"temperature": (.2, .5)}),
     Card("mocov3", "MoCo v3", "contrastive", "tasl_lab.objectives.contrastive:MoCoV3", "arXiv:2104.02057",
          "Each view must find the key of its own picture among keys made by a teacher, a slowly moving copy of the network.",
-         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         invariant=_VIEWS,
          destroys=("whatever the two views do not share", "differences within a picture that do not tell it from others"),
          needs=("a batch of at least 2; with a queue, small batches suffice", "pictures that really differ: near-duplicates become negatives"),
          suits={"classification": "arXiv:2412.17041"},
@@ -71,7 +72,7 @@ _CONTRASTIVE = (
 _DENSE = (
     Card("densecl", "DenseCL", "contrastive", "tasl_lab.objectives.dense:DenseCL", "arXiv:2011.09157",
          "Each place of a view attracts the place of the other view that a slow teacher finds most like it, and repels other pictures; whole views do too.",
-         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         invariant=_VIEWS,
          destroys=("differences between places that look alike",),
          needs=("a map of at least 2 cells per axis", "a batch of at least 2, better 64 or more, or a queue"),
          suits={"segmentation": "arXiv:2011.09157", "detection": "arXiv:2011.09157"}, instead="mocov3 on very small pictures",
@@ -91,7 +92,7 @@ _DENSE = (
          search={"momentum": (.9, .99), "gamma": (1., 2.)}),
     Card("vicregl", "VICRegL", "non-contrastive and predictive", "tasl_lab.objectives.dense:VICRegL", "arXiv:2210.01571",
          "Views agree as wholes, and cell by cell where they show the same place or look alike; variance and decorrelation prevent collapse.",
-         invariant=("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter"),
+         invariant=_VIEWS,
          destroys=("whatever the two views do not share", "cells without a close match in the other view"),
          needs=("a map of at least 2 cells per axis", "a batch of at least 2, better 64 or more: variance is taken over it"),
          suits={"segmentation": "arXiv:2210.01571"}, instead="vicreg on very small pictures",
@@ -102,7 +103,6 @@ _DENSE = (
 )
 
 # %% ../../nbs/04_objectives/00_cards.ipynb #bff2ed84
-_VIEWS = ("position and scale, through crops", "side, through mirroring", "gain and offset, through intensity jitter")
 _SIAMESE = (
     Card("byol", "BYOL", "non-contrastive and predictive", "tasl_lab.objectives.siamese:BYOL", "arXiv:2006.07733",
          "Predict from one view what a teacher, a slow average of the network, makes of the other view.",
