@@ -54,6 +54,17 @@ def test_a_class_has_the_defaults_of_its_card(name):
     assert keywords(getattr(import_module(module), attribute)) == {k: v for k, v in CARDS[name].defaults.items() if k != "lr"}
 
 
+def test_cards_show_what_was_recorded():
+    "The file behind the cards holds the figures of the recorded matrix, for every objective in it."
+    from tasl_lab.objectives.measured import measured
+    cells = pd.read_parquet(RESULTS / "objectives_cells.parquet")
+    cells = cells[cells.arm.isin(CARDS)]
+    assert len(cells) >= 3 * 26 and {k for k in measured() if k in CARDS} == set(cells.arm)
+    for r in cells.itertuples():
+        found = measured()[r.arm]["tasks"][r.task]
+        assert (found["vs_random"], found["vs_random_low"], found["vs_random_high"]) == (r.vs_random, r.vs_random_low, r.vs_random_high)
+
+
 def test_each_encoder_is_compared_with_its_own_random_weights():
     row = lambda o, e, v: {"objective": o, "trial": 0, "encoder": e, "lr": .1, "options": {}, "values": {"t": v}, "metrics": {"t": "dice"}, "seconds": 1.}
     table = search_table([row("random", "cnn", .5), row("random", "vit", .3), row("a", "cnn", .54), row("b", "vit", .36)]).set_index("objective")
