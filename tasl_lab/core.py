@@ -147,7 +147,7 @@ def _fast_bf16(device) -> bool:
     "Does this hardware multiply matrices in bf16?"
     import torch
     if device.type == "cuda": return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
 
 
 def pick_precision(

@@ -107,13 +107,12 @@ def warp(
     mode="bilinear",
 ):
     "Pictures sampled where `affine` points, edges repeated: (B, C, *out)."
-    d = x.ndim - 2
-    n_in, n_out = (torch.tensor(s, dtype=torch.float, device=x.device) for s in (x.shape[2:], out))
-    a = affine.to(x.device)
-    matrix = a[:, :, :d] * n_out / n_in[:, None]                             # normalised coordinates run from -1 to 1 over pixel edges
-    shift = (2 * (a[:, :, d] + (a[:, :, :d] @ ((n_out - 1) / 2)[:, None])[..., 0]) + 1) / n_in - 1
-    theta = torch.cat([matrix.flip(1, 2), shift.flip(1)[..., None]], 2)      # grid_sample wants x, y, z
-    grid = F.affine_grid(theta, (len(x), 1, *out), align_corners=False)
+    d, a, n = x.ndim - 2, affine.to(x.device).flip(1), torch.tensor(x.shape[:1:-1], dtype=torch.float, device=x.device)  # grid_sample wants x, y, z
+    wide = lambda t: t.reshape(len(x), *[1] * d, d)
+    grid = wide((2 * a[:, :, d] + 1) / n - 1)                                # where output pixel 0 lies, from -1 to 1 over pixel edges
+    for axis, size in enumerate(out):
+        steps = torch.arange(float(size), device=x.device).reshape(-1, *[1] * (d - axis))
+        grid = grid + steps * wide(a[:, :, axis] * 2 / n)                    # and how far each step along this axis moves it
     return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
 
 

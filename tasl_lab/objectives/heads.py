@@ -31,14 +31,16 @@ class GatheredNorm(nn.Module):
     "Batch norm (arXiv:1502.03167) over the rows of all processes; heads only, so it keeps no running statistics."
     def __init__(self, width, eps=1e-5, affine=True):
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))) if affine else (1., 0.)
+        self.weight, self.bias = (nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))) if affine else (None, None)
         self.eps = eps
 
     def forward(self, x):  # (B, D)
         x = x.float()
         every = gather(x)
+        if every is x and len(x) > 1: return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         var, mean = torch.var_mean(every, 0, correction=0)
-        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        z = (x - mean) * (var + self.eps).rsqrt()
+        return z if self.weight is None else z * self.weight + self.bias
 
 
 def mlp(
