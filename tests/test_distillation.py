@@ -221,7 +221,8 @@ def test_two_processes_keep_what_one_does(two, name):
     losses, grads, kept = flat(0, 1, name)
     (la, ga, ka), (lb, gb, kb) = (r[name] for r in two)
     assert torch.allclose((la + lb) / 2, losses, atol=1e-5)
-    for k, g in grads.items(): assert torch.allclose((ga[k] + gb[k]) / 2, g, atol=1e-5 * max(1., g.abs().max().item())), k
+    most = max(1., *(g.abs().max().item() for g in ga.values()))  # gradients of this size cancel where the two are averaged
+    for k, g in grads.items(): assert torch.allclose((ga[k] + gb[k]) / 2, g, atol=1e-5 * most), k
     assert ka.keys() == kept.keys() and any("queue" in k or "centre" in k for k in kept)
     for k, v in kept.items():
         assert torch.allclose(ka[k], kb[k], atol=1e-6)  # every process keeps the same

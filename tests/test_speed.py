@@ -44,20 +44,22 @@ def both(monkeypatch, name, value, encoder, *given):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_layout_changes_no_feature(monkeypatch, dims):
     size, encoder = [32] * dims, make_encoder("cnn-tiny", dims=dims)
-    for a, b in both(monkeypatch, "fast_layout", lambda x: torch.contiguous_format, encoder, pictures(2, 1, *size)): assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+    found = both(monkeypatch, "fast_layout", lambda x: torch.contiguous_format, encoder, pictures(2, 1, *size))
+    for a, b in found: assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_attention_kernel_changes_no_feature(monkeypatch, fused):
-    for a, b in both(monkeypatch, "fused_pays", lambda x: fused, make_encoder("vit-tiny"), pictures(2, 1, 64, 64)): assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+    found = both(monkeypatch, "fused_pays", lambda x: fused, make_encoder("vit-tiny"), pictures(2, 1, 64, 64))
+    for a, b in found: assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_head_norm_is_batch_norm_in_values_and_gradients():
     norm, x = GatheredNorm(5), (pictures(12, 5) + 3).requires_grad_()
     z = (x - x.mean(0)) / (x.var(0, correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
     back = pictures(12, 5)
-    for a, b in zip([norm(x), *torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), back)], [z, *torch.autograd.grad(z, (x, norm.weight, norm.bias), back)]):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    values = lambda y: (y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), back))
+    for a, b in zip(values(norm(x)), values(z)): assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def gains(data, precision, seeds):
