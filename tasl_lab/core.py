@@ -15,8 +15,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 # %% ../nbs/00_core.ipynb #d430d49f
 class InputError(ValueError):
     "Something the user gave cannot be used: the message names what, its value and the remedy."
@@ -32,6 +30,7 @@ def require(
 # %% ../nbs/00_core.ipynb #fa60a319
 def _native(x):
     "NumPy numbers as Python's own, also inside tuples and lists: equal keys have equal texts."
+    import numpy as np
     if isinstance(x, (tuple, list)): return type(x)(map(_native, x))
     return x.item() if isinstance(x, np.generic) else x
 
@@ -43,8 +42,9 @@ def seed_of(
     return int.from_bytes(hashlib.sha256(repr(_native(keys)).encode()).digest()[:8], "little") >> 1
 
 
-def rng(*keys) -> np.random.Generator:
+def rng(*keys) -> "np.random.Generator":
     "NumPy generator for the stream named by `keys`."
+    import numpy as np
     return np.random.default_rng(seed_of(*keys))
 
 
@@ -56,6 +56,7 @@ def torch_rng(*keys):
 # %% ../nbs/00_core.ipynb #b8f19b45
 def _feed(h, x):
     "Feed one object into hash `h`."
+    import numpy as np
     if isinstance(x, np.generic): x = x.item()
     if isinstance(x, np.ndarray):
         h.update(f"{x.dtype.str}{x.shape}".encode())
@@ -103,6 +104,7 @@ def write_atomic(
 
 def _plain(x):
     "What JSON lacks: NumPy numbers and arrays, paths, pydantic models."
+    import numpy as np
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, np.ndarray): return x.tolist()
     if hasattr(x, "model_dump"): return x.model_dump()
@@ -111,6 +113,7 @@ def _plain(x):
 
 def _finite(x):
     "JSON knows no nan: write null."
+    import numpy as np
     if isinstance(x, dict): return {str(k): _finite(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_finite(v) for v in x]
     if isinstance(x, (np.generic, np.ndarray)): return _finite(_plain(x))
