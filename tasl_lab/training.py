@@ -10,8 +10,7 @@ __all__ = ['batch_ids', 'rate_at', 'State', 'Diverged', 'Run', 'save_checkpoint'
 import json
 import math
 import platform
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +23,7 @@ from .encoders import make_encoder
 from .objectives.base import Plan
 from .objectives.collapse import collapse_note, readings
 from .objectives.compose import gradient_agreement, make
+from .resources import Meter, resources
 
 # %% ../nbs/05_training/01_training.ipynb #c51aaf48
 def batch_ids(
@@ -62,10 +62,16 @@ class State:
     grad_norm: float   # before clipping
     seconds: float     # of training so far, pauses left out
     note: str = ""     # what the collapse watch has to say; empty where all is well
+    phases: dict = field(default_factory=dict)  # the same seconds, per phase of a step
+    peak_mb: float = 0.  # most memory so far, see `Meter`
+
+    @property
+    def pictures_per_second(self) -> float: return self.pictures / self.seconds
 
     def row(self) -> dict:
         "As a flat row of a table."
-        return {k: v for k, v in asdict(self).items() if k != "parts"} | {f"part:{k}": v for k, v in self.parts.items()}
+        flat = {k: v for k, v in asdict(self).items() if k not in ("parts", "phases")}
+        return flat | {f"seconds:{k}": v for k, v in self.phases.items()} | {f"part:{k}": v for k, v in self.parts.items()}
 
 
 class Diverged(RuntimeError):
@@ -87,30 +93,43 @@ class Run:
         self.objective = make(config.objective, encoder, data.info, plan, config.options, config.balance).to(self.device)
         self.optimizer = torch.optim.AdamW(self.objective.param_groups(), lr=config.rate, weight_decay=config.weight_decay, betas=(.9, .95))
         self.first, self.note = {}, ""  # readings of the first step, and what the last ones say
+        self.meter = Meter(self.device)
 
     @property
     def encoder(self): return self.objective.encoder
 
     def step(self, step: int) -> State:
         "One optimiser step."
-        c, start = self.config, time.perf_counter()
-        progress, rate = step / c.steps, rate_at(step, c.steps, c.rate, c.warmup)
+        c, meter = self.config, self.meter
+        meter("data")
         batch = self.data.batch(batch_ids(self.pool, c.batch, c.seed, step)).unlabelled()
+        meter("views")
         views = self.objective.views(batch, step)
-        with autocast(self.device, self.precision): loss = self.objective(views, progress)
-        parts = {k: v.item() for k, v in loss.parts.items()}
-        if c.watch and (step % c.watch == 0 or step == c.steps - 1): parts |= self.look(loss)
+        meter("forward")
+        with autocast(self.device, self.precision): loss = self.objective(views, step / c.steps)
+        meter("watch")
+        seen = self.look(loss) if c.watch and (step % c.watch == 0 or step == c.steps - 1) else {}
+        meter("backward")
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), c.clip).item()
-        if not math.isfinite(loss.total.item() + norm):
-            raise Diverged(f"{c.objective}: loss {loss.total.item()} and gradient norm {norm} at step {step}: "
-                           f"lower the learning rate {c.rate:g} or use precision fp32")
+        meter("optimiser")
+        state = self.update(step, loss, seen)
+        meter.stop()
+        state.phases, state.peak_mb = meter.read(wait=step == c.steps - 1), meter.peak_mb
+        state.seconds = sum(state.phases.values())
+        return state
+
+    def update(self, step, loss, seen) -> State:
+        "Move the weights along their gradients, and take the step's numbers, all where the device is waited for once."
+        c, rate = self.config, rate_at(step, self.config.steps, self.config.rate, self.config.warmup)
+        norm, total = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), c.clip).item(), loss.total.item()
+        if not math.isfinite(total + norm):
+            raise Diverged(f"{c.objective}: loss {total} and gradient norm {norm} at step {step}: lower the learning rate {c.rate:g} or use precision fp32")
+        parts = {k: v.item() for k, v in loss.parts.items()} | seen
         for group in self.optimizer.param_groups: group["lr"] = rate
         self.optimizer.step()
-        self.objective.after_step(progress)
-        return State(step + 1, (step + 1) * c.batch, self.objective.memo.pictures, loss.total.item(), parts, rate, norm, time.perf_counter() - start,
-                     self.note)
+        self.objective.after_step(step / c.steps)
+        return State(step + 1, (step + 1) * c.batch, self.objective.memo.pictures, total, parts, rate, norm, 0., self.note)
 
     def look(self, loss) -> dict:
         "Readings of collapse, and of the agreement of the loss's parts where there are several."
@@ -165,10 +184,9 @@ def pretrain(
 ):
     "Train, yielding a `State` per step; with `out`, resume from its checkpoint and leave weights, `metrics.parquet` and `run.json`."
     run, out = Run(config, data, device), Path(out) if out else None
-    start, seconds, rows = _resume(run, out)
+    start, rows = _resume(run, out)
     for step in range(start, config.steps):
         state = run.step(step)
-        seconds = state.seconds = seconds + state.seconds
         rows.append(state.row())
         if out and (step + 1) % every == 0 and step + 1 < config.steps: _keep(run, state, rows, out)
         yield state
@@ -176,16 +194,19 @@ def pretrain(
 
 
 def _resume(run, out):
-    "Steps done, seconds spent and rows recorded by an earlier, unfinished call."
+    "Steps done and rows recorded by an earlier, unfinished call; what it spent and read goes on in `run`."
     path = out and out / "checkpoint.safetensors"
-    if not path or not path.is_file(): return 0, 0., []
+    if not path or not path.is_file(): return 0, []
     require((out / "metrics.parquet").is_file(), f"{out}: has a checkpoint but no metrics.parquet: delete the folder to start anew")
     step, seconds = load_checkpoint(run, path)
     rows = pd.read_parquet(out / "metrics.parquet")
     rows = rows[rows.step <= step].to_dict("records")
     run.first = {k.removeprefix("part:"): v for k, v in rows[0].items() if k.endswith(("spread", "rankme"))}
     run.note = rows[-1]["note"]
-    return step, seconds, rows
+    spent = {k.removeprefix("seconds:"): v for k, v in rows[-1].items() if k.startswith("seconds:")}
+    run.meter.seconds |= spent or {"earlier": seconds}  # earlier versions took no phases
+    run.meter.peak_mb = rows[-1].get("peak_mb", 0.)
+    return step, rows
 
 
 def _write_rows(rows, out):
@@ -220,7 +241,8 @@ def _finish(run, rows, out):
     _write_weights(run.encoder, out / "encoder.safetensors", {"encoder": json.dumps(made)})
     _write_weights(run.objective, out / "objective.safetensors", {})
     last = rows[-1]
-    budget = {"steps": last["step"], "pictures": last["pictures"], "encoded": int(sum(r["encoded"] for r in rows)), "seconds": last["seconds"]}
+    budget = {"steps": last["step"], "pictures": last["pictures"], "encoded": int(sum(r["encoded"] for r in rows)), "seconds": last["seconds"],
+              "resources": resources(last["pictures"], run.meter.seconds, run.meter.peak_mb)}
     write_json(out / "run.json", {"id": c.identity(run.data.sha256), "config": c, "data": {"name": run.data.info.name, "sha256": run.data.sha256},
                "budget": budget, "note": run.note, "precision": run.precision, "device": str(run.device), "environment": environment()})
     (out / "checkpoint.safetensors").unlink(missing_ok=True)

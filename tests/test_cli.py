@@ -1,6 +1,7 @@
 """The command line: start-up, results as JSON, and one clear line with the right exit code for whatever cannot be used."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def test_commands_that_need_no_torch_start_at_once(args):
     "Half a second of processor time, so that a busy machine does not matter; the best of three."
     code = ("import sys, time\nfrom tasl_lab.cli import app\n"
             f"try: app({args!r})\nexcept SystemExit as e: code = e.code\n"
-            "heavy = [m for m in ('torch', 'monai', 'sklearn', 'plotly', 'papermill', 'pandas') if m in sys.modules]\n"
+            "heavy = [m for m in ('torch', 'monai', 'sklearn', 'scipy.special', 'plotly', 'papermill', 'pandas') if m in sys.modules]\n"
             "print(code or 0, time.process_time(), *heavy, file=sys.stderr)")
     best, allowed = None, .5 * float(os.environ.get("TASL_PATIENCE", "1"))
     for _ in range(3):
@@ -50,6 +51,12 @@ def test_commands_that_need_no_torch_start_at_once(args):
         best = min(float(seconds), best or 1e9)
         if best < allowed: break
     assert best < allowed
+
+
+def test_importing_the_library_costs_next_to_nothing():
+    "Less than .3 s of processor time over Python's own start; the best of three."
+    code = "import time; start = time.process_time(); import tasl_lab; print(time.process_time() - start)"
+    assert min(float(python(code).stdout) for _ in range(3)) < .3 * float(os.environ.get("TASL_PATIENCE", "1"))
 
 
 def test_the_installed_program_runs():
@@ -62,7 +69,7 @@ def test_the_installed_program_runs():
 
 def test_every_command_has_help_with_a_sentence_and_json():
     found = call("--help").output
-    for name in ("demo", "run", "pretrain", "objectives", "doctor", "lab"):
+    for name in ("demo", "run", "pretrain", "profile", "objectives", "doctor", "lab"):
         assert f"\n  {name} " in found
         told = call(name, "--help").output
         assert "Examples:" in told and "--json" in told
@@ -95,6 +102,96 @@ def test_pretrain_leaves_a_run_and_does_it_once(tmp_path):
     assert {"encoder.safetensors", "metrics.parquet", "run.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
     assert call(*TINY, "--out", tmp_path / "run").exit_code == 0 and (tmp_path / "run" / "run.json").stat().st_mtime_ns == stamp
     refused(*TINY, "--seed", 1, "--out", tmp_path / "run", says="holds another finished run")
+
+
+def test_pretrain_tells_what_it_used(tmp_path):
+    told = call(*TINY, "--out", tmp_path).stdout
+    assert re.search(r"^\d+ pictures/s; .*forward \d+ %.*backward \d+ %.*; peak \d+ MB$", told, re.M)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["budget"]["resources"]  # as earlier versions wrote it
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    again = call(*TINY, "--out", tmp_path)
+    assert again.exit_code == 0 and "3 steps, 24 pictures seen" in again.stdout and "pictures/s" not in again.stdout
+
+
+def test_profile_measures_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["profile", *TINY[1:7], "--objective", "mae", "--encoder", "vit-tiny", "--batch", 8, "--steps", 2]
+    found = json.loads(call(*args, "--json").stdout)
+    assert {"data", "views", "forward", "watch", "backward", "optimiser"} == set(found["milliseconds"]) == set(found["share"])
+    assert sum(found["milliseconds"].values()) == pytest.approx(8000 / found["pictures_per_second"], rel=.01) and found["steps"] == 2
+    own = [o["ms"] for o in found["operators"]]
+    assert len(own) == 10 and own == sorted(own, reverse=True) and own[-1] > 0 and sum(o["share"] for o in found["operators"]) < 1
+    assert {"operator", "calls", "ms", "share"} == set(found["operators"][0]) and any("addmm" in o["operator"] for o in found["operators"])
+    text = call(*args).stdout
+    assert "2 steps of 8 pictures on cpu" in text and "\nbackward " in text and "\nstep " in text and " pictures/s; " in text
+    assert not list(tmp_path.iterdir())
+    refused(*args[:-1], 0, says="steps = 0")
+
+
+# --- the check-up ---------------------------------------------------------------------------------------------------------------------
+
+def test_doctor_passes_the_cpu():
+    from tasl_lab.core import pick_device, pick_precision
+    half = pick_precision(device=pick_device("cpu")) == "bf16"
+    result = call("doctor", "--device", "cpu", "--steps", 8)
+    assert result.exit_code == 0, result.output
+    lines, n = [line for line in result.stdout.splitlines() if line.startswith(("ok ", "FAILED "))], 15 if half else 12
+    assert len(lines) == n and all(line.startswith("ok ") for line in lines) and f"{n} of {n} checks passed" in result.stdout
+    found = lambda words: sum(words in line for line in lines)
+    assert found("simclr on cnn-tiny: loss against the CPU's, 8 steps") == found("masked on vit-tiny: stopped after step 7") == 1
+    assert found("byol on cnn-tiny: loss in bf16") == half
+
+
+def forgets_the_optimiser(monkeypatch):
+    from tasl_lab import training
+    whole = training.load_checkpoint
+    def load(run, path):
+        fresh = run.optimizer.state_dict()
+        done = whole(run, path)
+        run.optimizer.load_state_dict(fresh)
+        return done
+    monkeypatch.setattr(training, "load_checkpoint", load)
+
+
+def starts_anew(monkeypatch): monkeypatch.setattr("tasl_lab.training._resume", lambda run, out: (0, []))
+
+
+def computes_coarsely(monkeypatch):
+    import torch
+    monkeypatch.setattr("tasl_lab.checkup._plain_fp32", lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+def breaks_in_bf16(monkeypatch):
+    from tasl_lab import training
+    wild = {"lr": 1e30, "clip": 1e30}
+    monkeypatch.setattr("tasl_lab.checkup.pick_precision", lambda *args, **kw: "bf16")
+    monkeypatch.setattr("tasl_lab.checkup.pretrain", lambda config, *args, **kw: training.pretrain(
+        config.model_copy(update=wild if config.precision == "bf16" else {}), *args, **kw))
+
+
+@pytest.mark.parametrize("plant, found", [
+    (forgets_the_optimiser, ["stopped after step 7"]), (starts_anew, ["stopped after step 7"]),
+    (computes_coarsely, ["loss against", "gradient norm against", "move of the weights against"]), (breaks_in_bf16, ["loss in bf16"])],
+    ids=lambda p: getattr(p, "__name__", ""))
+def test_doctor_finds_a_fault_and_names_it(monkeypatch, plant, found):
+    monkeypatch.setattr("tasl_lab.checkup.PATIENTS", (("masked", "vit-tiny"),))
+    plant(monkeypatch)
+    result = call("doctor", "--device", "cpu", "--steps", 12, "--json")
+    failed = [c["what"] for c in json.loads(result.stdout)["checks"] if not c["ok"]]
+    assert result.exit_code == 1 and len(failed) == len(found) and all(f"masked on vit-tiny: {f}" in w for f, w in zip(found, failed))
+
+
+def test_doctor_refuses_what_cannot_be_examined():
+    refused("doctor", "--device", "cuda:99", says="device 'cuda:99' is not available, this machine has")
+    refused("doctor", "--device", "abacus", says="use auto, cpu, cuda, cuda:N or mps")
+    refused("doctor", "--device", "cpu", "--steps", 7, says="use more than 7")
+
+
+def test_readme_does_not_claim_a_gpu_without_a_record():
+    recorded = list((ROOT / "nbs" / "experiments" / "results").glob("doctor_cuda*"))
+    said = "not run on a GPU by us" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert said != bool(recorded)
 
 
 # --- one clear line each --------------------------------------------------------------------------------------------------------------
@@ -169,6 +266,17 @@ def test_demo_runs_the_experiment_and_says_where_the_report_is(standin, tmp_path
     assert answer["report"] == str(out / "report.html") and (out / "kept").exists()
     assert json.loads((out / "results.json").read_text())["data"] == ["brain", "phantom"]
     assert call("demo", "--out", out, "--fresh").exit_code == 0 and not (out / "kept").exists()
+
+
+def test_what_loads_monai_says_so_on_a_terminal(standin, monkeypatch, tmp_path):
+    "Before it loads, and not with --quiet; elsewhere stderr holds what the commands say."
+    told = []
+    monkeypatch.setattr(cli, "_loading", told.append)
+    for options in ([], ["--quiet"]):
+        assert call("demo", "--out", tmp_path / "demo", *options).exit_code == 0
+        assert call(*TINY, "--out", tmp_path / f"run{len(told)}", *options).exit_code == 0
+    assert told == [False, False, True, True]
+    assert call(*TINY, "--out", tmp_path / "run1").exit_code == 0 and len(told) == 4, "what is finished needs no MONAI"
 
 
 def test_demo_refuses(standin, tmp_path):

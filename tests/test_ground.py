@@ -18,7 +18,8 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-FLOORS = ["core", "data", "views", "policies", "encoders", "objectives", "config", "training", "tasks", "alignment", "figures", "lab", "batch", "cli"]
+FLOORS = ["core", "data", "views", "policies", "encoders", "objectives", "config", "resources", "training", "checkup", "tasks", "alignment", "figures",
+          "lab", "batch", "cli"]
 
 
 def named(paths): return pytest.mark.parametrize("path", paths, ids=[p.relative_to(ROOT).as_posix() for p in paths])

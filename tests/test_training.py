@@ -1,4 +1,7 @@
 """Training: the same run twice, in parts or after a kill is the same run; records say what happened; wrong input is one error."""
+import json
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +10,7 @@ import torch
 from tasl_lab.config import PretrainConfig
 from tasl_lab.core import InputError, read_json
 from tasl_lab.data.imageset import ImageSet, Info
+from tasl_lab.resources import PHASES, Meter, resource_line, resources
 from tasl_lab.training import Diverged, Run, batch_ids, execute, load_checkpoint, load_encoder, load_objective, pretrain, rate_at
 
 SPECS = [("simclr", "cnn-tiny"), ("spark", "cnn-tiny"), ("mae", "vit-tiny"), ("simclr+0.5*masked", "cnn-tiny")]
@@ -94,6 +98,110 @@ def test_checkpoint_restores_the_optimiser(tmp_path):
     assert load_checkpoint(run, tmp_path / "checkpoint.safetensors")[0] == 2
     states = run.optimizer.state_dict()["state"]
     assert states and all(s["step"] == 2 for s in states.values()) and sum(s["exp_avg_sq"].sum() for s in states.values()) > 0
+
+
+# ---------- what a run costs ----------
+
+def test_phases_add_up_to_the_time_of_the_steps():
+    "Against a clock of the test's own; pauses between steps are not counted."
+    wall, last = 0., None
+    run = Run(config("simclr", steps=8, watch=2), pictures(), "cpu")
+    for step in range(8):
+        time.sleep(.02)
+        start = time.perf_counter()
+        last = run.step(step)
+        wall += time.perf_counter() - start
+    assert last.seconds == sum(last.phases.values()) and .7 * wall < last.seconds <= wall
+    assert list(last.phases) == list(PHASES) and all(v > 0 for v in last.phases.values())
+
+
+def slowed(work):
+    def slow(*args, **kw):
+        time.sleep(.3)
+        return work(*args, **kw)
+    return slow
+
+
+def test_phases_hold_what_they_name(monkeypatch):
+    "A part that is made slow shows in its own phase."
+    parts = {"data": "data.batch", "views": "objective.views", "forward": "objective.forward", "watch": "look", "backward": "objective.backward",
+             "optimiser": "optimizer.step"}
+    for phase, part in parts.items():
+        run = Run(config(steps=3, watch=1), pictures(), "cpu")
+        run.step(0)
+        before = run.step(1).phases
+        *owner, name = part.split(".")
+        owner = getattr(run, owner[0]) if owner else run
+        monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
+        after = run.step(2).phases
+        assert max(after, key=lambda k: after[k] - before[k]) == phase and after[phase] - before[phase] >= .3
+
+
+def test_resumed_run_carries_on_its_account(tmp_path):
+    for state in pretrain(config(watch=1), pictures(), tmp_path, "cpu", every=2):
+        if state.step == 4: break
+    rows = pd.read_parquet(tmp_path / "metrics.parquet")
+    rows.assign(peak_mb=rows.peak_mb + 9000).to_parquet(tmp_path / "metrics.parquet")
+    for _ in pretrain(config(watch=1), pictures(), tmp_path, "cpu"): pass
+    rows, budget = pd.read_parquet(tmp_path / "metrics.parquet"), read_json(tmp_path / "run.json")["budget"]
+    spent = rows.filter(like="seconds:")
+    assert (spent.diff().iloc[1:] > 0).all(axis=None) and list(spent) == [f"seconds:{p}" for p in PHASES] and rows.peak_mb.is_monotonic_increasing
+    assert np.allclose(spent.sum(axis=1), rows.seconds) and budget["seconds"] == rows.seconds.iloc[-1]
+    used = budget["resources"]
+    assert used["pictures_per_second"] == pytest.approx(48 / budget["seconds"], abs=.1) and sum(used["share"].values()) == pytest.approx(1, abs=1e-3)
+    assert used["peak_memory_mb"] == round(rows.peak_mb.iloc[-1]) >= 9000
+
+
+def test_a_run_stopped_by_an_earlier_version_is_resumed(tmp_path):
+    "Its rows have seconds, but no phases."
+    stopped(tmp_path)
+    rows = pd.read_parquet(tmp_path / "metrics.parquet")
+    assert {"seconds:views", "peak_mb"} <= set(rows)
+    rows[[c for c in rows if not c.startswith("seconds:") and c != "peak_mb"]].to_parquet(tmp_path / "metrics.parquet")
+    for _ in pretrain(config(), pictures(), tmp_path, "cpu"): pass
+    budget = read_json(tmp_path / "run.json")["budget"]
+    assert budget["seconds"] > rows.seconds.iloc[-1] and "earlier" in resource_line(budget["resources"])
+    assert budget["resources"]["share"]["earlier"] == pytest.approx(rows.seconds.iloc[-1] / budget["seconds"], abs=1e-3)
+
+
+def test_the_line_keeps_the_order_of_a_step():
+    used = json.loads(json.dumps(resources(100, {"views": 1., "data": .001, "forward": 2., "backward": 1.}, 63.6), sort_keys=True))
+    assert resource_line(used) == "25 pictures/s; views 25 %, forward 50 %, backward 25 %; peak 64 MB"
+
+
+class Queue:
+    "A stand-in for a GPU's clock: an event gets its time when the device reaches it, which here is when the test says so."
+    def __init__(self): self.events, self.waits = [], 0
+
+    def reach(self, *times):
+        for event, at in zip([e for e in self.events if e.at is None], times): event.at = at
+
+    def event(queue, enable_timing):
+        class Event:
+            at = None
+            def record(self, stream): queue.events.append(self)
+            def query(self): return self.at is not None
+            def elapsed_time(self, end): return end.at - self.at
+            def synchronize(self):
+                queue.waits += 1
+                queue.reach(*range(1000, 1000 + len(queue.events)))
+        assert enable_timing
+        return Event()
+
+
+def test_a_gpu_is_timed_by_its_own_clock_and_not_waited_for(monkeypatch):
+    queue = Queue()
+    for name, stand_in in {"Event": queue.event, "current_stream": lambda device: device, "reset_peak_memory_stats": lambda device: None,
+                           "max_memory_allocated": lambda device: 5 * 2 ** 20}.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
+    meter = Meter(torch.device("cuda"))
+    for phase in ("views", "forward", None, "views"): meter(phase)
+    assert not any(meter.read().values()), "nothing has run yet"
+    queue.reach(100, 300)
+    assert meter.read()["views"] == .2 and meter.read()["forward"] == 0
+    queue.reach(900, 990)
+    assert meter.read()["forward"] == .6 and meter.read()["views"] == .2 and queue.waits == 0
+    meter.stop()
+    assert meter.read(wait=True)["views"] == pytest.approx(.2 + .010) and queue.waits == 1 and meter.peak_mb == 5
 
 
 # ---------- the order of pictures, the rate ----------

@@ -8,6 +8,7 @@ __all__ = ['DEFAULT_TASKS', 'CONTROLS', 'SCHEMA', 'PRESETS', 'MatrixConfig', 'de
            'history', 'runs_table', 'as_json', 'preset']
 
 # %% ../../nbs/07_alignment/02_matrix.ipynb #ebe097f9
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,11 @@ from pydantic import Field, field_validator
 from .factors import COMPARISONS, compare, factor_profile, feature_kinds, profile_table
 from .intervals import MARGINS, crossed_interval, pseudo_values, verdict
 from ..config import Config, PretrainConfig
-from ..core import fingerprint, read_json, require, write_json
+from ..core import fingerprint, pick_device, read_json, require, write_json
 from ..data.imageset import ImageSet
 from ..encoders import make_encoder
 from ..objectives.cards import parse_spec
+from ..resources import Meter
 from ..tasks.features import extract
 from ..tasks.registry import make_task, tasks_of
 from ..tasks.scores import Scores
@@ -128,17 +130,24 @@ def items_of(config: MatrixConfig, data: ImageSet) -> "list[Item]":
 
 # %% ../../nbs/07_alignment/02_matrix.ipynb #d0a47bf9
 def _probe_all(encoder, data, config, seed, out):
-    "Probe scores of all tasks and budgets, and the factor profile."
+    "Probe scores of all tasks and budgets, and the factor profile; returns the seconds of each."
+    meter = Meter(pick_device(), ())
+    meter("extraction")
     bank = extract(encoder, data, precision=config.precision)
     for spec in config.tasks or default_tasks(data):
         task = make_task(spec, data)
-        for n in config.labels: task.probe(bank, data, data.budget(n, seed), seed).save(out / _scores_name(spec, n))
+        for n in config.labels:
+            meter(f"probe {spec} n{n}")
+            task.probe(bank, data, data.budget(n, seed), seed).save(out / _scores_name(spec, n))
     if len(data.factors.columns):
+        meter("factors")
         train, test = data.ids("train"), data.ids("test")
         rows = lambda ids: {k: v[bank.rows(ids)] for k, v in feature_kinds(bank).items()}
         group, factors = data.table.patient.to_numpy(str), data.factors
         profile = factor_profile(rows(train), rows(test), factors.iloc[train], factors.iloc[test], group[test], group[train])
         profile.to_parquet(out / "factors.parquet")
+    meter.stop()
+    return meter.read(wait=True)
 
 
 def _scores_name(task, budget) -> str: return f"{task.replace(':', '_')}-n{budget}"
@@ -152,7 +161,8 @@ def _encoder_of(item, data, config, out):
     if not (run / "run.json").is_file():
         for _ in pretrain(wanted, data, run): pass
     record = read_json(run / "run.json")
-    return load_encoder(run), record["budget"] | {"run": run.name, "note": record["note"]}
+    cost = {k: v for k, v in record["budget"].items() if k != "resources"}
+    return load_encoder(run), cost | {"run": run.name, "note": record["note"]}
 
 
 def _finetune(item, data, config, out):
@@ -174,11 +184,13 @@ def work(
     "Do one item; `item.json` is written last."
     out, start = Path(out), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    if item.task: cost = _finetune(item, data, config, out)
+    if item.task:
+        cost = _finetune(item, data, config, out)
+        seconds = {"fine-tuning": cost["seconds"]}
     else:
         encoder, cost = _encoder_of(item, data, config, out)
-        _probe_all(encoder, data, config, item.seed, out)
-    write_json(out / "item.json", {"item": vars(item), "cost": cost, "total_seconds": time.perf_counter() - start})
+        seconds = {"pre-training": cost["seconds"]} | _probe_all(encoder, data, config, item.seed, out)
+    write_json(out / "item.json", {"item": vars(item), "cost": cost, "seconds": seconds, "total_seconds": time.perf_counter() - start})
 
 # %% ../../nbs/07_alignment/02_matrix.ipynb #6bf92eae
 def _reporter(data, left, verbose):
@@ -204,12 +216,13 @@ def run_matrix(
     folder = Path(out) / data.info.name.replace(":", "-")
     items = {i.name(config, data): i for i in items_of(config, data)}
     left = sum(not (folder / n / "item.json").is_file() for n in items)
+    if verbose and left and (workers > 1 or "monai" not in sys.modules): print(f"{data.info.name}: loading MONAI", flush=True)
     execute(items, folder, partial(work, data, config), "item.json", _reporter(data, left, verbose), workers)
     record = {"config": config, "data": data.info.name, "sha256": data.sha256, "group": data.info.group, "note": data.info.note, "items": list(items)}
     write_json(folder / "matrix.json", record)
     return folder
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #1233b983
+# %% ../../nbs/07_alignment/02_matrix.ipynb #61a4b910
 class Results:
     "A matrix as found in its folder."
     def __init__(self, folder):
@@ -246,7 +259,7 @@ class Results:
         rows = [r["cost"] for r in self.items if r["item"]["arm"] == arm and r["item"]["task"] in (None, task) and r["item"]["budget"] in (None, budget)]
         return {k: float(np.mean([r[k] for r in rows])) for k in ("pictures", "encoded", "seconds")}
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #61a4b910
+# %% ../../nbs/07_alignment/02_matrix.ipynb #1481a47c
 def _ceiling(results, task):
     "Cells of the ceiling, (1, groups), or None."
     budgets = [r["item"]["budget"] for r in results.items if r["item"]["arm"] == "ceiling" and r["item"]["task"] == task]
@@ -268,7 +281,7 @@ def room(results: Results, task: str, budget: int, margin: float) -> dict:
     return {"informative": bool(v.outcome == "better" and v.interval.mean > margin), "ceiling": float(top.mean()), "ceiling_from": name,
             "room": v.interval.mean, "room_low": v.interval.low, "room_high": v.interval.high}
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #1481a47c
+# %% ../../nbs/07_alignment/02_matrix.ipynb #def9bec2
 def _against(cells, reference, name, margin):
     "Paired difference from a control, as columns."
     v = verdict(cells - reference, margin)
@@ -295,7 +308,7 @@ def cells_table(results: Results) -> pd.DataFrame:
             rows += [_row(results, arm, task, budget, metric, rooms) for arm in results.arms]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #60e22dee
+# %% ../../nbs/07_alignment/02_matrix.ipynb #969a85da
 def _arm_tables(results, name, where="item"):
     "A parquet of every item, or of its pre-training, with arm and seed."
     for r in results.items:
@@ -327,7 +340,7 @@ def runs_table(results: Results) -> pd.DataFrame:
     "What each item cost."
     return pd.DataFrame([{"data": results.record["data"]} | {k: r["item"][k] for k in ("arm", "task", "budget", "seed")} | r["cost"] for r in results.items])
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #cc64d39e
+# %% ../../nbs/07_alignment/02_matrix.ipynb #939ea483
 def _seed_record(results, arm, task, budget, seed, scores):
     per = scores.per_image()
     cost = [r["cost"] for r in results.items if r["item"]["arm"] == arm and r["item"]["seed"] == seed and r["item"]["task"] in (None, task)
@@ -345,7 +358,7 @@ def as_json(results: Results) -> dict:
     plain = lambda table: table.to_dict("records")
     return results.record | {"cells": entries, "factors": plain(profile), "comparisons": plain(named), "runs": plain(runs_table(results))}
 
-# %% ../../nbs/07_alignment/02_matrix.ipynb #76cb59e6
+# %% ../../nbs/07_alignment/02_matrix.ipynb #7bb90d09
 PRESETS = {
     "smoke": {"pictures": 240, "size": 32, "attention_steps": 6,
               "matrix": {"objectives": ["simclr", "masked"], "labels": [60], "seeds": 2, "steps": 6, "batch": 32, "finetune_steps": 6}},

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 
 import numpy as np
-from scipy import fft, special
+import scipy  # its parts are loaded when they are first used: the names of the presets need none
 
 from ..core import InputError, require, rng
 
@@ -373,7 +373,7 @@ def blobs(
         depth = 1 - np.sqrt((frame(grid, center[at, j], np.pi * p["blobs"][at, j, 2], axes) ** 2).sum(1)) + .07 * wave[at]
         inside = level[at] > 0
         depth = np.where(inside if j < _LESIONS else ~inside, depth, np.minimum(depth, -.01))
-        soft[j >= _LESIONS][at] += special.expit(depth * over_pixels(radius[at, j] * size / spec.softness, dims))
+        soft[j >= _LESIONS][at] += scipy.special.expit(depth * over_pixels(radius[at, j] * size / spec.softness, dims))
         if j < _LESIONS:
             hard[j, at] = depth > 0
     return *soft, hard
@@ -433,7 +433,7 @@ def filtered(
 ) -> np.ndarray:
     "Filter pictures in the Fourier domain: (B, *spatial)."
     axes = tuple(range(1, white.ndim))
-    return fft.irfftn(fft.rfftn(white, axes=axes) * amplitude, s=white.shape[1:], axes=axes)
+    return scipy.fft.irfftn(scipy.fft.rfftn(white, axes=axes) * amplitude, s=white.shape[1:], axes=axes)
 
 # %% ../../nbs/01_data/01_anatomy.ipynb #eb8b231c
 def normal_scores(
@@ -446,7 +446,7 @@ def normal_scores(
     rank = np.empty_like(flat)
     np.put_along_axis(rank, order, np.arange(flat.shape[1], dtype=flat.dtype)[None], 1)
     share = (rank + .5) / np.maximum(inside.sum(1, keepdims=True), 1)
-    return np.where(inside, special.ndtri(np.clip(share, 1e-4, 1 - 1e-4)), 0).astype(np.float32).reshape(field.shape)
+    return np.where(inside, scipy.special.ndtri(np.clip(share, 1e-4, 1 - 1e-4)), 0).astype(np.float32).reshape(field.shape)
 
 # %% ../../nbs/01_data/01_anatomy.ipynb #4a468989
 def standardized(

@@ -31,10 +31,7 @@ def fit_on_grid(
     val=None,       # (x, y) of validation pictures
 ) -> tuple:         # (C+1, K) solution, chosen penalty
     "Logistic regression at each penalty of `GRID`, the best one by validation log-loss."
-    found, w = [], None
-    for l2 in GRID:
-        w = fit_logistic(x, y, outputs, l2, w)
-        found.append((_log_loss(*val, w) if val else abs(np.log(l2 / GRID[len(GRID) // 2])), l2, w))
+    found = [(_log_loss(*val, w) if val else abs(np.log(l2 / GRID[len(GRID) // 2])), l2, w) for l2, w in zip(GRID, fit_logistic(x, y, outputs, GRID))]
     best = min(found, key=lambda f: f[0])
     return best[2], best[1]
 
@@ -47,9 +44,11 @@ def knn(
     t: float = .07,  # temperature
 ):                 # (n, K)
     "Weighted vote of the nearest neighbours by cosine (Wu 2018, arXiv:1805.01978)."
-    near, ids = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
-    vote = torch.softmax(near / t, 1)                                     # (n, k)
-    return (vote.unsqueeze(-1) * y.to(vote.dtype)[ids]).sum(1)
+    train, y, votes = F.normalize(train, dim=1), y.to(train.dtype), []
+    for some in F.normalize(test, dim=1).split(1000):                         # the cosines of all pairs may not fit into memory
+        near, ids = (some @ train.T).topk(min(k, len(train)), dim=1)
+        votes.append((torch.softmax(near / t, 1).unsqueeze(-1) * y[ids]).sum(1))
+    return torch.cat(votes)
 
 # %% ../../nbs/06_tasks/04_classification.ipynb #079a02de
 class Classification(Task):

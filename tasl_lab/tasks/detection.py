@@ -176,10 +176,9 @@ class Detection(Task):
 @patch
 def fit(self:Detection, head, bank, set, train, val, seed):
     x, positive, weight, shape = self.sample(head, bank, set, train, rng("detection", seed))
-    some, found, w = positive.any(1), [], None
+    some, found = positive.any(1), []
     box = fit_ridge(x[some].double(), shape[some].double(), RIDGE).float()
-    for l2 in PENALTIES:
-        w = fit_logistic(x, positive, len(self.classes), l2, w, weight)
+    for l2, w in zip(PENALTIES, fit_logistic(x, positive, len(self.classes), PENALTIES, weight)):
         both = torch.cat([w, box], 1)
         head.set(both[:-1], both[-1])
         found.append((self.quality(head, bank, set, val) if len(val) else -abs(np.log(l2 / PENALTIES[1])), l2, both))

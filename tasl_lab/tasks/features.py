@@ -117,11 +117,11 @@ def keep_levels(
     return replace(f, maps=[f.maps[i] for i in levels])
 
 # %% ../../nbs/06_tasks/00_features.ipynb #c8dd1bb0
-def _host(f: Features, encoder) -> tuple:
+def _host(f: Features, encoder) -> list:
     "Pooled float32 and maps float16 as arrays."
     name = getattr(encoder, "name", type(encoder).__name__)
     require(bool(f.pooled.isfinite().all()), f"encoder {name!r} gives nan or infinity: its training diverged, use an earlier checkpoint")
-    return f.pooled.float().cpu().numpy(), [m.float().clamp(-65504, 65504).half().cpu().numpy() for m in f.maps]
+    return [f.pooled.float().cpu().numpy(), *(m.float().clamp(-65504, 65504).half().cpu().numpy() for m in f.maps)]
 
 # %% ../../nbs/06_tasks/00_features.ipynb #c02eb1b7
 def extract(
@@ -130,7 +130,7 @@ def extract(
     ids=None,                  # (n,) which pictures; all by default
     device: str = "auto",      # see `pick_device`
     precision: str = "auto",   # see `pick_precision`
-    batch: int = 256,          # pictures at a time
+    batch: int = 64,           # pictures at a time
     levels: "list|None" = None,  # levels to keep, 0 is the finest; `default_levels` otherwise
 ) -> FeatureBank:
     "Run the frozen encoder over pictures of a set; the encoder is left as it was and no random number is drawn."
@@ -139,10 +139,10 @@ def extract(
     ids = set.ids() if ids is None else np.asarray(ids)
     require(len(ids) > 0, "no pictures to extract features from: ids is empty")
     levels = default_levels(encoder.strides) if levels is None else list(levels)
-    parts = []
+    arrays = []  # filled part by part: joined at the end, the parts would need their room twice
     with frozen(encoder, device):
         for start in range(0, len(ids), batch):
-            parts.append(_host(keep_levels(encode(encoder, set, ids[start:start + batch], device, precision), levels), encoder))
-    pooled, maps = zip(*parts)
-    return FeatureBank(ids, np.concatenate(pooled), [np.concatenate(m) for m in zip(*maps)], set.images[int(ids[0])].shape[1:], levels,
-                       set.sha256, getattr(encoder, "name", type(encoder).__name__))
+            part = _host(keep_levels(encode(encoder, set, ids[start:start + batch], device, precision), levels), encoder)
+            arrays = arrays or [np.empty_like(a, shape=(len(ids), *a.shape[1:])) for a in part]  # channels last where the encoder's are
+            for whole, a in zip(arrays, part): whole[start:start + batch] = a
+    return FeatureBank(ids, arrays[0], arrays[1:], set.images[int(ids[0])].shape[1:], levels, set.sha256, getattr(encoder, "name", type(encoder).__name__))

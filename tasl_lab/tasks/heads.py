@@ -122,38 +122,48 @@ def _logistic(out, hot, one):
     return F.softplus(out) - out * hot, torch.sigmoid(out) - hot
 
 # %% ../../nbs/06_tasks/02_heads.ipynb #ea836fda
+def _penalised(w, l2, x, hot, one, scale):
+    "Penalised loss of `w` (C+1, K), features `x` (C, S), and its gradient."
+    loss, grad = _logistic(w[:-1].T @ x + w[-1][:, None], hot, one)
+    grad = grad * scale
+    return (loss * scale).sum() + l2 / 2 * w[:-1].square().sum(), torch.cat([(grad @ x.T).T + l2 * w[:-1], grad.sum(1)[None]])
+
+
+def _descend(w, root, value, steps, tolerance):
+    "L-BFGS from `w` (C+1, K), in the coordinates `root @ w[:-1]`."
+    plain = lambda v: torch.cat([torch.linalg.solve_triangular(root, v[:-1], upper=True), v[-1:]])
+    v = torch.cat([root @ w[:-1], w[-1:]])
+    solver = torch.optim.LBFGS([v], max_iter=steps, history_size=10, tolerance_grad=1e-7, tolerance_change=tolerance, line_search_fn="strong_wolfe")
+
+    def closure():
+        loss, grad = value(plain(v))
+        v.grad = torch.cat([torch.linalg.solve_triangular(root.T, grad[:-1], upper=False), grad[-1:]])
+        return loss
+    solver.step(closure)
+    return plain(v)
+
+# %% ../../nbs/06_tasks/02_heads.ipynb #35ecb69a
 def fit_logistic(
     x,               # (S, C) standardised features
     y,               # (S,) int64 classes, or (S, K) 0/1
     outputs: int,    # number of classes K
-    l2: float,       # penalty l2/2 * |W|^2 beside the mean loss
-    start=None,      # (C+1, K) earlier solution to start from
+    penalties,       # numbers l2: l2/2 * |W|^2 beside the mean loss; the strongest first
     weight=None,     # (S, K) weight of each term, with (S, K) truth only
     steps: int = 100,  # iterations at most
     tolerance: float = 1e-6,  # change of the loss at which to stop
-) -> torch.Tensor:   # (C+1, K), last row is the offset
+) -> list:           # of (C+1, K), one per penalty; last row is the offset
     "Logistic regression by L-BFGS (Liu and Nocedal 1989); the mean is over rows, or over rows and columns; the offset is not penalised."
     one, n = y.ndim == 1, y.numel()
     hot = (F.one_hot(y, outputs) if one else y).T.to(x.dtype).contiguous()
     scale = 1 / n if weight is None else weight.T.to(x.dtype) / n
     x = x.T.contiguous()                                                     # (C, S): thin products are several times faster this way
-    root = torch.linalg.cholesky(x @ x.T / (4 * n) + l2 * torch.eye(len(x), dtype=x.dtype)).T
-    v = torch.zeros(len(x) + 1, outputs, dtype=x.dtype) if start is None else torch.cat([root @ start[:-1], start[-1:]])
-    solver = torch.optim.LBFGS([v], max_iter=steps, history_size=10, tolerance_grad=1e-7, tolerance_change=tolerance,
-                               line_search_fn="strong_wolfe")
-    plain = lambda v: torch.linalg.solve_triangular(root, v[:-1], upper=True)
+    square, found = x @ x.T / (4 * n), [torch.zeros(len(x) + 1, outputs, dtype=x.dtype)]
+    for l2 in penalties:
+        root = torch.linalg.cholesky(square + l2 * torch.eye(len(x), dtype=x.dtype)).T
+        found.append(_descend(found[-1], root, lambda w, l2=l2: _penalised(w, l2, x, hot, one, scale), steps, tolerance))
+    return found[1:]
 
-    def closure():
-        w = plain(v)
-        loss, grad = _logistic(w.T @ x + v[-1][:, None], hot, one)
-        grad = grad * scale
-        into = torch.linalg.solve_triangular(root.T, (grad @ x.T).T + l2 * w, upper=False)
-        v.grad = torch.cat([into, grad.sum(1)[None]])
-        return (loss * scale).sum() + l2 / 2 * w.square().sum()
-    solver.step(closure)
-    return torch.cat([plain(v), v[-1:]])
-
-# %% ../../nbs/06_tasks/02_heads.ipynb #356c1f37
+# %% ../../nbs/06_tasks/02_heads.ipynb #52bdeb7e
 def fit_ridge(
     x,           # (S, C) standardised features
     y,           # (S, K) numbers

@@ -135,9 +135,8 @@ class Segmentation(Task):
 def fit(self:Segmentation, head, bank, set, train, val, seed):
     at, y, share, sampled = sample_places(set.masks[self.target][train], len(self.classes) + 1, rng("segmentation", seed))
     x, y = head.standard(torch.from_numpy(gather(bank, train, at))), torch.from_numpy(y)
-    correction, found, w = torch.from_numpy(np.log(share / sampled)).float(), [], None
-    for l2 in PENALTIES:
-        w = fit_logistic(x, y, len(share), l2, w)
+    correction, found = torch.from_numpy(np.log(share / sampled)).float(), []
+    for l2, w in zip(PENALTIES, fit_logistic(x, y, len(share), PENALTIES)):
         head.set(w[:-1], w[-1])
         if len(val): best, tau = choose(self.scores_of(head, bank, val), set.masks[self.target][val], correction)
         else: best, tau = -abs(np.log(l2 / PENALTIES[1])), .5
