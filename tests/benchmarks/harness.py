@@ -47,7 +47,7 @@ def run(race: Race, rounds: int = 5, warm: int = 1, tell=print) -> list[dict]:
     for contender in race.contenders.values(): getattr(contender, "close", lambda: None)()
     for row in summary(pd.DataFrame(rows)).itertuples():
         ratio = f"ours {row.ratio:.2f} times ({row.lowest:.2f} to {row.highest:.2f})"
-        tell(f"{race.benchmark}  {race.case}  {row.contender}: {row.rate:,.1f} {race.unit}/s, {ratio}")
+        tell(f"{race.benchmark}  {race.case}  {row.contender}: {row.rate:,.1f} {race.unit}/s, {ratio}", flush=True)
     return rows
 
 
@@ -91,10 +91,13 @@ def peak_memory(work: Callable, *given) -> float:
 def machine() -> dict:
     "What the figures stand on."
     import torch
+
+    from tasl_lab.core import pick_precision
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "commit": commit, "versions": {n: _version(n) for n in ("lightly", "stable-pretraining", "kornia", "monai", "scikit-learn", "torchvision")}}
+    names = "lightly", "stable-pretraining", "kornia", "monai", "scikit-learn", "torchvision"
+    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "precision": pick_precision(device=torch.device("cpu")),
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit, "versions": {n: _version(n) for n in names}}
 
 
 def _version(name: str) -> str:
@@ -104,9 +107,11 @@ def _version(name: str) -> str:
 
 
 def keep(name: str, rows: list[dict], command: str, **more) -> Path:
-    "Write the rows as a parquet and the record beside it; returns the parquet's path."
-    path = RESULTS / f"speed_{name}.parquet"
-    pd.DataFrame(rows).to_parquet(path, index=False)
-    (RESULTS / f"speed_{name}.json").write_text(json.dumps({"command": command, **machine(), **more}, indent=1, sort_keys=True) + "\n")
+    "Write the rows as a parquet, and beside it the record with their summary; returns the record's path."
+    path, told = RESULTS / f"speed_{name}.json", {}
+    if rows:
+        pd.DataFrame(rows).to_parquet(path.with_suffix(".parquet"), index=False)
+        told = {"summary": summary(pd.DataFrame(rows)).to_dict("records")}
+    path.write_text(json.dumps({"command": command, **machine(), **told, **more}, indent=1, sort_keys=True, default=str) + "\n")
     return path
 

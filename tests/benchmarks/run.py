@@ -9,6 +9,8 @@ names each has a process of its own, so that what one sets does not reach the ne
 import argparse
 import importlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ def asked(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", help="modules: pretraining, overhead, views, probes, ...")
     parser.add_argument("--quick", action="store_true", help="small cases, one round: does everything still run?")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="races whose case contains this text; given twice: both texts")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="races whose case this regular expression is found in")
     parser.add_argument("--rounds", type=int, default=None, help="how often each contender runs, 5 by default and 1 with --quick")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--keep", action="store_true", help="write speed_NAME.parquet and .json to nbs/experiments/results")
@@ -32,14 +34,17 @@ def asked(arguments=None):
 
 def bench(name: str, given) -> None:
     module = importlib.import_module(name)
-    races = [r for r in module.races(given.quick) if all(text in r.case for text in given.only)]
+    races = [r for r in module.races(given.quick) if re.search(given.only, r.case)]
     if given.list: return print(*(f"{r.benchmark}: {r.case}: {', '.join(r.contenders)}" for r in races), sep="\n")
     busy = psutil.cpu_percent(1.)
     if busy > 10: print(f"other work takes {busy:.0f} % of the machine: these figures will not hold")
-    rows = [row for r in races for row in harness.run(r, given.rounds or (1 if given.quick else 5))]
+    rows, command = [], " ".join(["python tests/benchmarks/run.py", *map(shlex.quote, sys.argv[1:])])
+    for race in races:
+        rows += harness.run(race, given.rounds or (1 if given.quick else 5))
+        if given.keep: harness.keep(name, rows, command, busy=busy)  # after each race: whoever stops here has what is measured
     more = module.extra(given.quick) if hasattr(module, "extra") else {}
     print(json.dumps(more, indent=1, default=str))
-    if given.keep: print(harness.keep(name, rows, " ".join(["python tests/benchmarks/run.py", *sys.argv[1:]]), busy=busy, **more))
+    if given.keep: print(harness.keep(name, rows, command, busy=busy, **more))
 
 
 def main() -> int:
