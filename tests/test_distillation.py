@@ -1,6 +1,8 @@
 """Self-distillation: losses against lightly and plain loops, over one and two processes; codes, centres, queues, teachers and masks."""
 import inspect
 import math
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -150,16 +152,19 @@ class Flat(nn.Module):
 
 
 def flat(rank, world, name, steps=3):
-    "Some steps of an objective on a share of eight pictures: losses, first gradients, and what it keeps."
+    """Some steps of an objective on a share of eight pictures: losses, gradients of the last step, and what it keeps. Objectives that ask for single
+    precision get double: batch norm over few tokens amplifies rounding a hundredfold."""
     torch.manual_seed(0)
     encoder, data, n = Flat(), small_set(n=8), 8 // world
     options = {"queue": 12} if name == "swav" else {}
-    objective = make(name, encoder, data.info, Plan(batch=n, rank=rank, world=world, size=(16, 16)), {name: {"prototypes": 8} | options})
+    objective = make(name, encoder, data.info, Plan(batch=n, rank=rank, world=world, size=(16, 16)), {name: {"prototypes": 8} | options}).double()
     losses = []
     for step in range(steps):
-        loss = objective(objective.views(data.batch(range(rank * n, (rank + 1) * n)), step), .5)
-        losses.append(loss.total.detach())
-        objective.after_step(.5)
+        views = [replace(v, x=v.x.double()) for v in objective.views(data.batch(range(rank * n, (rank + 1) * n)), step)]
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            loss = objective(views, .5)
+            losses.append(loss.total.detach())
+            objective.after_step(.5)
     return torch.stack(losses), gradients(loss.total, objective), dict(objective.named_buffers())
 
 
@@ -221,8 +226,7 @@ def test_two_processes_keep_what_one_does(two, name):
     losses, grads, kept = flat(0, 1, name)
     (la, ga, ka), (lb, gb, kb) = (r[name] for r in two)
     assert torch.allclose((la + lb) / 2, losses, atol=1e-5)
-    most = max(1., *(g.abs().max().item() for g in ga.values()))  # gradients of this size cancel where the two are averaged
-    for k, g in grads.items(): assert torch.allclose((ga[k] + gb[k]) / 2, g, atol=1e-5 * most), k
+    for k, g in grads.items(): assert torch.allclose((ga[k] + gb[k]) / 2, g, atol=1e-8), k
     assert ka.keys() == kept.keys() and any("queue" in k or "centre" in k for k in kept)
     for k, v in kept.items():
         assert torch.allclose(ka[k], kb[k], atol=1e-6)  # every process keeps the same

@@ -25,7 +25,7 @@ TOLERANCE, LIMIT = 1.5, 3.0  # times the allowance: a failure, and the end
 class Stage:
     name: str
     command: str        # run in the root of the repository with the environment's programs first on PATH
-    allowance: float    # seconds on two cores
+    allowance: float    # seconds on two slow cores
 
 
 WORKERS = min(os.cpu_count() or 2, 8)
@@ -36,8 +36,8 @@ TIERS = {
         Stage("in step", "python tests/in_step.py", 30),
         Stage("ruff", "ruff check nbs tests .ci", 10),
         Stage("notebooks", f"{NBTEST} 120 --skip-folder-re '^([_.]|lessons$)'", 420),
-        Stage("pytest", f"{PYTEST} -n {WORKERS} --dist loadfile", 300),
-        Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 90),
+        Stage("pytest", f"{PYTEST} -n {WORKERS} --dist loadfile", 360),
+        Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 120),
     ],
     "slow": [
         Stage("lessons", f"{NBTEST} 600 nbs/lessons", 480),
