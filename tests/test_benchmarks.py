@@ -52,10 +52,17 @@ def test_records_hold_what_they_show(harness, monkeypatch, tmp_path):
     assert len(pd.read_parquet(path.with_suffix(".parquet"))) == 2 and told["precision"] in ("bf16", "fp32")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, only", [("start", ""), ("views", "grey"), ("probes", ""), ("growth", ""), ("overhead", "simclr, cnn-tiny"),
-                                        ("pretraining", "(simclr|byol), cnn-tiny")], ids=lambda v: v)
-def test_a_quick_run_gets_through(name, only):
+def gets_through(name, only=""):
     done = subprocess.run([sys.executable, FOLDER / "run.py", name, "--quick", "--only", only], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert ('"exponents"' if name == "growth" else "ours 1.00 times (1.00 to 1.00)") in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, only", [("start", ""), ("views", "grey")], ids=lambda v: v)
+def test_a_quick_run_gets_through(name, only): gets_through(name, only)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["probes", "growth", "overhead", "pretraining"])
+def test_a_longer_run_gets_through(name): gets_through(name)
