@@ -80,7 +80,7 @@ def gains(data, precision, seeds):
 @pytest.mark.slow
 def test_fast_arithmetic_scores_as_exact_arithmetic_does():
     "bf16 with its layout and kernels against fp32: equal seeds, and a mean difference within twice its standard error or .03."
-    if pick_precision(device=torch.device("cpu")) != "bf16": pytest.skip("this processor does not multiply in bf16, so no run uses it here, and it would take many minutes")
+    if pick_precision(device=torch.device("cpu")) != "bf16": pytest.skip("this processor does not multiply in bf16: no run uses it here, and it takes minutes")
     from tasl_lab.data.phantom import phantom
     data, seeds = phantom(500, size=32, seed=11), range(4)
     exact, fast = gains(data, "fp32", seeds), gains(data, "bf16", seeds)
