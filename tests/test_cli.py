@@ -37,20 +37,27 @@ def refused(*args, says: str):
 
 # --- start-up -------------------------------------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def half_a_second():
+    "Seconds of a processor; where it is so slow, or so busy, that NumPy and Typer alone take a sixth of a second, three times what they take."
+    code = "import time, numpy, typer; print(time.process_time())"
+    return max(.5, 3 * min(float(python(code).stdout) for _ in range(3))) * float(os.environ.get("TASL_PATIENCE", "1"))
+
+
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["objectives", "--json"], ["data", "list"], ["pretrain", "--help"]], ids=" ".join)
-def test_commands_that_need_no_torch_start_at_once(args):
-    "Half a second of processor time, so that a busy machine does not matter; the best of three."
+def test_commands_that_need_no_torch_start_at_once(args, half_a_second):
+    "Half a second of processor time, the best of three."
     code = ("import sys, time\nfrom tasl_lab.cli import app\n"
             f"try: app({args!r})\nexcept SystemExit as e: code = e.code\n"
             "heavy = [m for m in ('torch', 'monai', 'sklearn', 'scipy.special', 'plotly', 'papermill', 'pandas') if m in sys.modules]\n"
             "print(code or 0, time.process_time(), *heavy, file=sys.stderr)")
-    best, allowed = None, .5 * float(os.environ.get("TASL_PATIENCE", "1"))
+    best = None
     for _ in range(3):
         status, seconds, *heavy = python(code).stderr.split()
         assert status == "0" and not heavy
         best = min(float(seconds), best or 1e9)
-        if best < allowed: break
-    assert best < allowed
+        if best < half_a_second: break
+    assert best < half_a_second
 
 
 def test_importing_the_library_costs_next_to_nothing():
