@@ -19,7 +19,7 @@ demo: install  ## the main job on brain MRI and phantoms; writes runs/demo/repor
 test: install  ## the fast tier: in step, ruff, notebooks, pytest, smoke demo
 	$(BIN)/python tests/tiers.py fast
 
-test-slow: install  ## the slow tier: lessons, slow tests and browser, docs
+test-slow: install  ## the slow tier: lessons, experiments, docs, slow tests and browser
 	$(BIN)/python tests/tiers.py slow
 
 test-full: install  ## everything: both tiers, then the tests that take hours
