@@ -52,10 +52,24 @@ def test_records_hold_what_they_show(harness, monkeypatch, tmp_path):
     assert len(pd.read_parquet(path.with_suffix(".parquet"))) == 2 and told["precision"] in ("bf16", "fp32")
 
 
+def test_a_benchmark_may_be_kept_in_parts(harness, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    part = lambda case, *rates: [r | {"case": case} for r in rows(tasl_lab=rates)]
+    harness.keep("x", part("first", 1, 1), "one", workers={"first": 0})
+    harness.keep("x", part("second", 1), "two", workers={"second": 2})
+    path = harness.keep("x", part("first", 2), "three")
+    told, kept = json.loads(path.read_text()), pd.read_parquet(path.with_suffix(".parquet"))
+    assert list(kept.case) == ["second", "first"] and kept.commit.notna().all() and len(told["summary"]) == 2
+    assert told["workers"] == {"first": 0, "second": 2} and told["command"] == "three"
+    monkeypatch.setattr(harness, "machine", lambda: told | {"cpu": "another"})
+    harness.keep("x", part("third", 1), "four")
+    assert list(pd.read_parquet(path.with_suffix(".parquet")).case) == ["third"]
+
+
 def gets_through(name, only=""):
     done = subprocess.run([sys.executable, FOLDER / "run.py", name, "--quick", "--only", only], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert ('"exponents"' if name == "growth" else "ours 1.00 times (1.00 to 1.00)") in done.stdout
+    assert {"growth": '"exponents"', "budget": '"minutes of all runs"'}.get(name, "ours 1.00 times (1.00 to 1.00)") in done.stdout
 
 
 @pytest.mark.slow
@@ -64,5 +78,5 @@ def test_a_quick_run_gets_through(name, only): gets_through(name, only)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["probes", "growth", "overhead", "pretraining"])
+@pytest.mark.parametrize("name", ["probes", "growth", "budget", "overhead", "pretraining"])
 def test_a_longer_run_gets_through(name): gets_through(name)

@@ -107,11 +107,25 @@ def _version(name: str) -> str:
 
 
 def keep(name: str, rows: list[dict], command: str, **more) -> Path:
-    "Write the rows as a parquet, and beside it the record with their summary; returns the record's path."
-    path, told = RESULTS / f"speed_{name}.json", {}
+    """Write the rows as a parquet, and beside it the record with their summary; returns the record's path.
+
+    What a machine like this one recorded of other cases stays, so that a long benchmark may be run in parts; each row names its commit."""
+    path, here = RESULTS / f"speed_{name}.json", machine()
+    record, table = _recorded(path, here)
+    record |= here | {"command": command}
+    record |= {k: record.get(k, {}) | v if isinstance(v, dict) else v for k, v in more.items()}
     if rows:
-        pd.DataFrame(rows).to_parquet(path.with_suffix(".parquet"), index=False)
-        told = {"summary": summary(pd.DataFrame(rows)).to_dict("records")}
-    path.write_text(json.dumps({"command": command, **machine(), **told, **more}, indent=1, sort_keys=True, default=str) + "\n")
+        new = pd.DataFrame(rows).assign(commit=here["commit"])
+        table = pd.concat([table[~table.case.isin(new.case)], new], ignore_index=True) if len(table) else new
+        table.to_parquet(path.with_suffix(".parquet"), index=False)
+        record["summary"] = summary(table).to_dict("records")
+    path.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
     return path
 
+
+def _recorded(path: Path, here: dict) -> tuple[dict, pd.DataFrame]:
+    "Record and rows that were kept on a machine like this one, or nothing."
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if any(record.get(k) != here[k] for k in ("cpu", "cores", "precision", "torch")): return {}, pd.DataFrame()
+    rows = path.with_suffix(".parquet")
+    return record, pd.read_parquet(rows) if rows.exists() else pd.DataFrame()
