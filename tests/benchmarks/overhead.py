@@ -195,4 +195,4 @@ def extra(quick: bool) -> dict:
     "Peak memory, the ceiling, and how near the bare step comes to it."
     chosen = cases(quick)[:1] if quick else cases(quick)
     return {"peak memory, MB": {str(c): memory(c) for c in chosen}, "bare step": {str(c): share(c) for c in chosen},
-            "ceiling, GFLOP/s": {p: ceiling(p) for p in ("bf16", "fp32")}}
+            "ceiling, GFLOP/s": {p: ceiling(p) for p in sorted({"fp32", pick_precision(device=torch.device("cpu"))})}}
