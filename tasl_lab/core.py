@@ -156,11 +156,14 @@ def _fast_bf16(device) -> bool:
 def pick_precision(
     name: str = "auto",  # "auto", "bf16" or "fp32"
     device=None,         # torch device; the automatic one by default
+    dims: int = 2,       # of the pictures
 ) -> str:
     'Arithmetic of forward and backward: `"bf16"` where the hardware gains from it, else `"fp32"`; weights stay fp32.'
     require(name in ("auto", "bf16", "fp32"), f"precision {name!r} is unknown: use auto, bf16 or fp32")
     if name != "auto": return name
-    return "bf16" if _fast_bf16(device or pick_device()) else "fp32"
+    device = device or pick_device()
+    unsafe = dims == 3 and device.type == "cpu"  # gradients of bf16 convolutions of small volumes may hold nan (PyTorch 2.14)
+    return "bf16" if _fast_bf16(device) and not unsafe else "fp32"
 
 
 def autocast(device, precision: str):

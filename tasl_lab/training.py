@@ -83,7 +83,7 @@ class Run:
     def __init__(self, config: PretrainConfig, data: ImageSet, device: str = "auto"):
         require(data.spatial is not None, f"set {data.info.name!r} holds pictures of different sizes: load it with one size")
         self.config, self.data, self.device = config, data, pick_device(device)
-        self.precision = pick_precision(config.precision, self.device)
+        self.precision = pick_precision(config.precision, self.device, data.dims)
         self.pool = data.ids("train")
         require(len(self.pool) > 0, f"set {data.info.name!r} has no picture in split 'train': pre-training uses no other")
         size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}

@@ -91,7 +91,8 @@ def agreed() -> list:
 
 def _covers(record, config, data) -> bool:
     same = (record["data"], record["encoder"], record["batch"], tuple(record["size"])) == (data.info.name, config.encoder, config.batch, tuple(data.spatial))
-    return same and config.steps >= record["steps"] and min(t["low"] for t in record["tasks"].values()) >= AGREES
+    long = record["reference"] >= 10 * record["steps"]
+    return same and long and config.steps >= record["steps"] and min(t["low"] for t in record["tasks"].values()) >= AGREES
 
 
 def stamps_for(

@@ -79,13 +79,13 @@ def order_of(
 # %% ../../nbs/06_tasks/07_finetune.ipynb #9c29763f
 def optimizer(
     encoder,              # to be trained
-    head,                 # to be trained, at ten times the rate
+    head,                 # to be trained: as its `shares()` say, (parameters, share of the rate), or all at ten times the rate
     decay: float = .05,   # weight decay of matrices and kernels; offsets and norms have none
 ):
     "AdamW (Loshchilov and Hutter 2019) over encoder and head; each group holds its `share` of the rate."
-    groups = []
-    for module, share in ((encoder, 1.), (head, 10.)):
-        parameters = [p for p in module.parameters() if p.requires_grad]
+    groups, shares = [], head.shares() if hasattr(head, "shares") else [(head.parameters(), 10.)]
+    for parameters, share in ((encoder.parameters(), 1.), *shares):
+        parameters = [p for p in parameters if p.requires_grad]
         for matrix in (True, False):
             groups.append(dict(params=[p for p in parameters if (p.ndim > 1) == matrix], weight_decay=decay * matrix, share=share))
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=1.)
@@ -103,7 +103,7 @@ def train(
     solver, losses, size = optimizer(encoder, head), [], set.spatial
     for step, chosen in enumerate(order_of(ids, steps * batch, seed).reshape(steps, batch)):
         for group in solver.param_groups: group["lr"] = group["share"] * rate_at(step, steps, lr)
-        x, truth = augmented(set.batch(chosen), augment, seed, step, device)
+        x, truth = task.shown(*augmented(set.batch(chosen), augment, seed, step, device), seed_of("shown", seed, step))
         with autocast(device, precision): f = keep_levels(encoder(x), levels)
         loss = task.loss(task.outputs(head, f, size), truth, size)
         require(bool(loss.isfinite()), f"fine-tuning for {task.name} diverged at step {step}: use a rate below {lr:g}")
@@ -135,17 +135,17 @@ def finetune(
     device: str = "auto",     # see `pick_device`
     precision: str = "auto",  # see `pick_precision`
 ) -> Scores:
-    "Train a copy of the encoder and the task's linear head end to end, then score the test split; raises `InputError` as `probe` does."
+    "Train a copy of the encoder and the task's head end to end, then score the test split; raises `InputError` as `probe` does."
     device = pick_device(device)
-    precision = pick_precision(precision, device)
+    precision = pick_precision(precision, device, set.dims)
     test, ids = task.tested(set), task.labelled(set, budget_ids)
     task.require_classes(set, ids)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of("finetune", seed))
         encoder, levels = deepcopy(encoder).to(device), default_levels(encoder.strides)
-        pool = set.ids("train")
-        head = task.head(extract(encoder, set, pool[::-(-len(pool) // 128)], str(device), precision, levels=levels), set).to(device)
+        pool, seen = set.ids("train"), task.inputs(set)
+        head = task.head(extract(encoder, seen, pool[::-(-len(pool) // 128)], str(device), precision, levels=levels), set).to(device)
         losses = train(task, encoder.train(), head, set, ids, steps, batch, lr, seed, augment, levels, device, precision)
     info = dict(budget=len(budget_ids), seed=seed, how="finetune", encoder=getattr(encoder, "name", ""), steps=steps, batch=batch, lr=lr)
-    predictions = task.predict(head.eval(), seen_by(encoder, set, test, levels, device, precision), set.spatial)
+    predictions = task.predict(head.eval(), seen_by(encoder, seen, test, levels, device, precision), set.spatial)
     return task.evaluate(predictions, set, test, info | dict(loss=float(np.mean(losses[-10:]))))

@@ -142,6 +142,57 @@ def _descend(w, root, value, steps, tolerance):
     solver.step(closure)
     return plain(v)
 
+# %% ../../nbs/06_tasks/02_heads.ipynb #115f67dc
+def _lbfgs(value, w, steps, tolerance, memory=10):
+    "Minimise a convex function, `value(w) -> (number, gradient)`, from the vector `w`; steps are halved or shortened until they fall enough (Armijo)."
+    loss, grad, pairs = *value(w), []
+    for _ in range(steps):
+        move, shares = -grad, []
+        for s, y, r in reversed(pairs):
+            shares.append(r * (s @ move))
+            move = move - shares[-1] * y
+        if pairs: move = move / (pairs[-1][2] * (pairs[-1][1] @ pairs[-1][1]))
+        for (s, y, r), a in zip(pairs, reversed(shares)): move = move + (a - r * (y @ move)) * s
+        slope, t = grad @ move, 1.
+        while not ((now := value(w + t * move))[0] <= loss + 1e-4 * t * slope or t < 1e-6):
+            t *= min(.5, max(.1, -slope * t / (2 * (now[0] - loss - t * slope))))
+        if not now[0] < loss: break
+        s, y, change = t * move, now[1] - grad, loss - now[0]
+        if s @ y > 0: pairs = [*pairs, (s, y, 1 / (s @ y))][-memory:]
+        w, (loss, grad) = w + s, now
+        if change < tolerance or abs(grad).max() < 1e-7: break
+    return w
+
+# %% ../../nbs/06_tasks/02_heads.ipynb #2b023672
+def _few_value(z, penalty, hot, one, scale):
+    "Penalised loss and gradient, as `_penalised`, of a flat vector: rows `z` (r+1, S) with the offset's ones last, `penalty` (r+1, 1)."
+    def value(flat):
+        w = flat.reshape(len(z), len(hot))
+        out = w.T @ z                                                        # (K, S)
+        top = out.max(0) if one else np.maximum(out, 0)
+        e = np.exp(out - top)
+        total = e.sum(0) if one else e + np.exp(-top)
+        loss = np.log(total) + top - ((out * hot).sum(0) if one else out * hot)   # (S,), or (K, S)
+        grad = (e / total - hot) * scale
+        return float((loss * scale).sum() + (penalty * w * w).sum() / 2), (z @ grad.T + penalty * w).ravel()
+    return value
+
+
+def _fit_few(x, hot, one, scale, penalties, steps, tolerance):
+    "`fit_logistic` for fewer rows than features: `x` (S, C), `hot` (K, S)."
+    kind, x, hot, scale = x.dtype, x.double().numpy(), hot.double().numpy(), np.asarray(scale, dtype=float)
+    size, u = np.linalg.eigh(x @ x.T)
+    keep = size > 1e-12 * max(size[-1], 1e-12)
+    size, u = size[keep], u[:, keep]
+    rows, back = np.vstack([(u * np.sqrt(size)).T, np.ones(len(x))]), x.T @ (u / np.sqrt(size))   # (r+1, S), (C, r)
+    v, found, terms = np.zeros((len(rows), len(hot))), [], len(x) if one else hot.size
+    for l2 in penalties:
+        root = np.append(np.sqrt(size / (4 * terms) + l2), 1)[:, None]
+        value = _few_value(rows / root, np.append(np.full(len(size), l2), 0)[:, None] / root ** 2, hot, one, scale)
+        v = _lbfgs(value, (v * root).ravel(), steps, tolerance).reshape(v.shape) / root
+        found.append(torch.from_numpy(np.vstack([back @ v[:-1], v[-1:]])).to(kind))
+    return found
+
 # %% ../../nbs/06_tasks/02_heads.ipynb #35ecb69a
 def fit_logistic(
     x,               # (S, C) standardised features
@@ -156,6 +207,7 @@ def fit_logistic(
     one, n = y.ndim == 1, y.numel()
     hot = (F.one_hot(y, outputs) if one else y).T.to(x.dtype).contiguous()
     scale = 1 / n if weight is None else weight.T.to(x.dtype) / n
+    if len(x) < x.shape[1]: return _fit_few(x, hot, one, scale, penalties, steps, tolerance)
     x = x.T.contiguous()                                                     # (C, S): thin products are several times faster this way
     square, found = x @ x.T / (4 * n), [torch.zeros(len(x) + 1, outputs, dtype=x.dtype)]
     for l2 in penalties:
