@@ -206,7 +206,8 @@ def test_measures_at_the_edge():
 # ---------- the task of reconstruction ----------
 
 @pytest.mark.parametrize("name, dims, preset", [
-    ("cnn-tiny", 2, "texture"), ("vit-tiny", 2, "histology"), ("cnn-tiny", 3, "texture"), ("vit-tiny", 3, "texture")])
+    ("cnn-tiny", 2, "texture"), ("vit-tiny", 2, "histology"), pytest.param("cnn-tiny", 3, "texture", marks=pytest.mark.slow),
+    pytest.param("vit-tiny", 3, "texture", marks=pytest.mark.slow)])
 def test_reconstruction_with_every_encoder(name, dims, preset):
     set = phantom(60, size=16 if dims == 3 else 32, dims=dims, seed=0, preset=preset)
     encoder, budget = make_encoder(name, channels=set.channels, dims=dims), set.ids("train")

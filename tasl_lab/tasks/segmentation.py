@@ -187,7 +187,7 @@ class Segmentation(Task):
     def targets(cls, set): return list(set.masks)
 
     @staticmethod
-    def per_image(raw): return dict(value=nanmean(raw["dice"], 1), surface=nanmean(raw["surface"], 1), hd95=nanmean(raw["hd95"], 1))
+    def per_image(raw): return dict(value=nanmean(raw["dice"], 1)) | {k: nanmean(raw[k], 1) for k in ("surface", "hd95") if k in raw}
 
     @classmethod
     def of(cls, set, target):
