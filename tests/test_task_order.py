@@ -7,7 +7,7 @@ from tasl_lab.data.phantom import phantom
 from tasl_lab.encoders import make_encoder
 from tasl_lab.tasks.registry import make_task
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 STEPS, SHARES = 200, (.05, .25, 1.)
 
 
