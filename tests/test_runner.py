@@ -166,23 +166,17 @@ def test_a_failure_is_one_line_and_the_partial_notebook_stays(tmp_path, how):
 def test_ctrl_c_ends_the_kernel_too(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "out: str = ''", "import os, time\nopen(out, 'w').write(str(os.getpid()))\ntime.sleep(600)")
     command = [sys.executable, "-c", "from tasl_lab.cli import app; app()", "run", path, "-p", "out", tmp_path / "pid", "--out", tmp_path / "run"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C, and its children with it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
     try:
         until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
-        said = interrupted(process)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
     finally:
         process.kill()
     assert process.returncode == 130 and said.strip().startswith("stopped") and len(said.strip().splitlines()) == 1, said
     until(lambda: not alive(int((tmp_path / "pid").read_text())))
     assert json.loads((tmp_path / "run" / "notebook.json").read_text())["outcome"] == "stopped"
-
-
-def interrupted(process, patience=15):
-    "What a process says that gets Ctrl-C, and once more if nothing happens: one that falls into a destructor is lost, as in every Python program."
-    process.send_signal(signal.SIGINT)
-    try: return process.communicate(timeout=patience)[1]
-    except subprocess.TimeoutExpired: process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=patience)[1]
 
 
 def until(true, seconds=30):
