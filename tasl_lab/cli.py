@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Quiet', 'Source', 'Size', 'Count', 'Device', 'command', 'main', 'objectives', 'data_list',
-           'doctor', 'lab', 'run', 'demo', 'pretrain', 'profile']
+           'doctor', 'lab', 'run', 'demo', 'matrix', 'gate', 'preregister', 'pretrain', 'profile']
 
 # %% ../nbs/11_cli.ipynb #dcfd7c79
 import functools
@@ -18,7 +18,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -336,6 +336,97 @@ def demo(
     for name in ("report.html", "results.json"):
         if not (out / name).is_file(): raise NotebookFailed(f"{out / name}: the experiment ended without it; see {out / 'log.txt'}", done)
     return {"report": str(out / "report.html"), "results": str(out / "results.json"), "seconds": time.time() - start}
+
+# %% ../nbs/11_cli.ipynb #93b10ae7
+def _on_stderr(quiet: bool):
+    "What the library prints is progress here: it goes to stderr, or nowhere."
+    return redirect_stdout(open(os.devnull, "w") if quiet else sys.stderr)
+
+
+_SHOWN = ("task", "labels", "arm", "metric", "value", "vs random", "verdict")
+
+
+def _matrix_rows(cells):
+    "One row per cell, numbers as text."
+    text = lambda r, key: f"{r[key]:.3f} [{r[key + '_low']:.3f}, {r[key + '_high']:.3f}]" if r.get(key) == r.get(key) and key in r else ""
+    for r in cells:
+        value = f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+        yield dict(zip(_SHOWN, (r["task"], r["budget"], r["arm"], r["metric"], value, text(r, "vs_random"), r.get("verdict_random") or ""), strict=True))
+
+
+def _matrix_text(answer) -> str:
+    return f"{_table(list(_matrix_rows(answer['cells'])), _SHOWN)}\n\ntables: {answer['tables']} (took {_duration(answer['seconds'])})"
+
+
+@command(show=_matrix_text, examples=["tasl matrix --preset classroom --out runs/classroom", "tasl matrix --data FOLDER --out runs/mine --json"])
+def matrix(
+    data: Source = "phantom",
+    preset: Annotated[str, typer.Option(help="classroom (half an hour on two cores), demo, or smoke (its numbers mean nothing).")] = "classroom",
+    out: Annotated[Path, typer.Option(help="Folder of the runs and tables; what is finished in it is not computed again.")] = Path("runs/matrix"),
+    seed: Annotated[int, typer.Option(help="Of the pictures that are computed.")] = 0,
+    quiet: Quiet = False,
+):
+    "Objectives against tasks at an equal budget, with intervals: tidy tables of every cell."
+    from tasl_lab.alignment.matrix import Matrix, fit_to, run_matrix
+    from tasl_lab.alignment.matrix import preset as preset_of
+    sizes, start = preset_of(preset), time.time()
+    _check_source(data)
+    with _on_stderr(quiet):
+        from tasl_lab.data.sources import load
+        from tasl_lab.training import default_workers
+        pictures = load(data, sizes["size"], seed, sizes["pictures"], unseen=sizes["unseen"])
+        folder = run_matrix(fit_to(sizes["matrix"], pictures), pictures, out, workers=default_workers())
+        found = Matrix.from_runs(folder)
+        tables = found.save(folder / "tables")
+    cells = json.loads(found.tables["cells"].to_json(orient="records"))
+    return {"tables": str(tables), "cells": cells, "seconds": time.time() - start}
+
+# %% ../nbs/11_cli.ipynb #34134d29
+def _gate_text(a) -> str:
+    rows = [{"objective": r["objective"], "passed": "yes" if r["passed"] else "no", "why": r["reason"] or ""} for r in a["objectives"]]
+    ended = [f"{r['objective']}: {r['tuned']:.3f}, {r['over_scratch']:+.3f} [{r['over_scratch_low']:.3f}, {r['over_scratch_high']:.3f}] over scratch"
+             for r in a["objectives"] if r.get("over_scratch") is not None]
+    saved = next(r["pictures"] for r in a["savings"] if r["cost"] == "share saved")
+    return "\n".join([_table(rows, ["objective", "passed", "why"]), "", *ended, f"{100 * saved:.0f} % of the pictures saved; records in {a['out']}"])
+
+
+@command(show=_gate_text, examples=["tasl gate --task segmentation:tissue --objectives simclr,masked,densecl", "tasl gate --data FOLDER --validation --json"])
+def gate(
+    data: Source = "phantom",
+    size: Size = 64,
+    pictures: Count = None,
+    task: Annotated[str, typer.Option(help="kind:target.")] = "classification:class",
+    objectives: Annotated[str, typer.Option(help="Ids or sums, with commas between them.")] = "simclr,masked,simclr+0.5*masked",
+    steps: Annotated[int, typer.Option(help="Of each whole pre-training.")] = 150,
+    share: Annotated[float, typer.Option(help="Of the steps, after which stage 1 looks.")] = .1,
+    labels: Annotated[int, typer.Option(help="Label budget, in pictures.")] = 120,
+    seeds: Annotated[int, typer.Option(help="Runs per objective, at least 2.")] = 3,
+    validation: Annotated[bool, typer.Option("--validation", help="Also finish and fine-tune the rejected: was the gate right?")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; what is finished in it is not computed again.")] = Path("runs/gate"),
+    quiet: Quiet = False,
+):
+    "Begin every objective, and finish only those whose proxy says that it is worth it."
+    _check_source(data)
+    _loading(quiet)
+    from tasl_lab.alignment.gate import GateConfig, outcomes, run_gate, savings
+    from tasl_lab.data.sources import load
+    from tasl_lab.training import default_workers
+    config = GateConfig.of(objectives=objectives.split(","), task=task, steps=steps, share=share, labels=labels, seeds=seeds, validation=validation)
+    told = None if quiet else lambda name, done, total: typer.echo(f"{done} of {total} done ({name})", err=True)
+    found = run_gate(config, load(data, size, n=pictures), out, workers=default_workers(), progress=told)
+    plain = lambda table: json.loads(table.to_json(orient="records"))
+    return {"out": str(out), "objectives": plain(outcomes(found)), "savings": plain(savings(found))}
+
+# %% ../nbs/11_cli.ipynb #9bb225ff
+@command(show=lambda a: f"{a['path']}: {a['hypotheses']} hypotheses, sha256 {a['sha256']}", examples=["tasl preregister hypotheses.yaml --out claims.json"])
+def preregister(
+    source: Annotated[Path, typer.Argument(help="YAML or JSON file of hypotheses.")],
+    out: Annotated[Path, typer.Option(help="File to write; one that is there is never overwritten.")] = Path("preregistration.json"),
+):
+    "Write hypotheses, metrics, margins, seeds and budget with a hash, before a run."
+    from tasl_lab.alignment.preregistration import preregister_file
+    made = preregister_file(source, out)
+    return {"path": str(out), "hypotheses": len(made.hypotheses), "sha256": read_json(out)["sha256"]}
 
 # %% ../nbs/11_cli.ipynb #830225b4
 @contextmanager

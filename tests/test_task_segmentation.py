@@ -140,16 +140,14 @@ def test_by_size(pictures, bank):
 
 # ---------- neighbours ----------
 
-@pytest.mark.parametrize("k", (1, 7, 30))
-def test_vote_is_a_plain_search(k):
-    from sklearn.neighbors import NearestNeighbors
-    r = np.random.default_rng(k)
-    query, memory, shares = r.normal(size=(50, 8)), r.normal(size=(200, 8)), r.dirichlet(np.ones(3), 200)
-    away, ids = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(memory).kneighbors(query)
-    weight = np.exp((1 - away) / .05)
-    want = (weight[..., None] / weight.sum(1)[:, None, None] * shares[ids]).sum(1)
-    unit = [F.normalize(torch.from_numpy(x), dim=1) for x in (query, memory)]
-    assert np.allclose(vote(*unit, torch.from_numpy(shares), k, .05, rows=16), want, atol=1e-6)
+@pytest.mark.parametrize("width, classes", [(8, 3), (2, 5)])
+def test_vote_is_a_softmax_of_cosines(width, classes):
+    r = np.random.default_rng(width)
+    query, memory, shares = r.normal(size=(50, width)), r.normal(size=(200, width)), r.dirichlet(np.ones(classes), 200)
+    query, memory = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, memory))
+    weight = np.exp(query @ memory.T / .05)
+    want = weight @ shares / weight.sum(1, keepdims=True)
+    assert np.allclose(vote(*(torch.from_numpy(x) for x in (query, memory, shares)), .05), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("dims", (2, 3))

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from .intervals import crossed_bounds
-from .matrix import CONTROLS, MatrixConfig, Results, cells_table
+from .matrix import AGAIN, TUNED, MatrixConfig, Results, cells_table
 from ..core import read_json, require, rng, write_json
 from ..data.imageset import ImageSet
 
@@ -53,12 +53,12 @@ def objective_cells(
     labels: int,  # label budget
 ) -> np.ndarray:  # (O, S, G)
     "Cells of the objectives of a matrix, in the order of its rows; test groups that are undefined anywhere are left out."
-    cells = np.stack([results.cells(arm, task, labels) for arm in results.arms if arm not in CONTROLS])
+    cells = np.stack([results.cells(arm, task, labels) for arm in results.objectives if not arm.endswith((AGAIN, TUNED))])
     return cells[..., ~np.isnan(cells).any((0, 1))]
 
 
 def _row(name, results, reference, cells, task, labels):
-    mine = cells[(cells.task == task) & (cells.budget == labels) & ~cells.arm.isin(CONTROLS)]
+    mine = cells[(cells.task == task) & (cells.budget == labels) & cells.arm.isin(results.objectives)]
     agreed = rank_agreement(objective_cells(results, task, labels), objective_cells(reference, task, labels)) if results is not reference else {}
     return {"budget": name, "task": task, "seconds per run": mine.seconds.mean(), "objectives": len(mine), "separated": int((mine.vs_random_low > 0).sum()),
             "mean gain": mine.vs_random.mean()} | agreed

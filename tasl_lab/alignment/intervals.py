@@ -196,7 +196,7 @@ def paired_interval(
     return crossed_interval(a - b, weights, level, method)
 
 # %% ../../nbs/07_alignment/00_intervals.ipynb #cd3ad2d3
-MARGINS = {"auroc": .02, "dice": .02, "ap": .03, "R2": .05, "r2": .05, "psnr": .5, "accuracy": .02, "balanced accuracy": .02}
+MARGINS = {"auroc": .02, "auprc": .03, "ece": .02, "dice": .02, "ap": .03, "R2": .05, "r2": .05, "psnr": .5, "accuracy": .02, "balanced accuracy": .02}
 RANGES = {"R2": (-np.inf, 1.), "r2": (-np.inf, 1.), "psnr": (-np.inf, np.inf)}  # of a metric that does not go from 0 to 1
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..alignment.maps import attention_maps, feature_map, reconstructions
-from ..alignment.matrix import Results, arm_of, as_json, cells_table, factor_tables, history, items_of, runs_table
+from ..alignment.matrix import AGAIN, Results, arm_of, as_json, cells_table, factor_tables, history, items_of, runs_table
 from ..config import PretrainConfig
 from ..core import require, write_json
 from ..data.imageset import ImageSet
@@ -52,7 +52,7 @@ def embeddings(results: Results, data: ImageSet, method="umap", most=1000) -> di
     test = data.ids("test")[:most]
     frozen = {i.arm: i for i in reversed(items_of(results.config, data)) if i.task is None}
     maps = {}
-    for arm in [a for a in results.arms if a in frozen]:
+    for arm in [a for a in results.arms if a in frozen and not a.endswith(AGAIN)]:
         maps[arm] = feature_map(extract(_trained(results, frozen[arm], data), data, test).pooled, method)
     labels = [(k, np.array(data.info.classes[k])[y[test]]) for k, y in data.labels.items() if y.ndim == 1 and (y[test] >= 0).all()][:2]
     found = {"xy": maps, "method": method.upper() if method == "pca" else "UMAP", "names": tuple([n for n, _ in labels] + ["", ""])[:2]}
@@ -62,8 +62,8 @@ def embeddings(results: Results, data: ImageSet, method="umap", most=1000) -> di
 def _trained(results, item, data):
     "The frozen encoder of an item."
     c = results.config
-    if item.objective is None: return make_encoder(c.encoder, data.channels, data.dims, item.seed)
-    return load_encoder(results.folder / f"run-{c.pretraining(item.objective, item.seed).identity(data.sha256)}")
+    if item.objective is None: return make_encoder(c.encoder, data.channels, data.dims, item.training)
+    return load_encoder(results.folder / f"run-{c.pretraining(item.objective, item.training).identity(data.sha256)}")
 
 # %% ../../nbs/10_batch/02_alignment.ipynb #c239b353
 def attention_picture(

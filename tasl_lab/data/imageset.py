@@ -286,6 +286,29 @@ def budget(self:ImageSet,
     turn = patients.groupby(patients).cumcount()                       # first, second, ... picture of its patient
     return drawn[np.lexsort((patients.map(rank), turn))][:n]
 
+# %% ../../nbs/01_data/00_imageset.ipynb #68369db9
+def _joined(part, a, b):
+    "Labels, masks or targets that both sets have, with the same classes."
+    mine, theirs = getattr(a, part), getattr(b, part)
+    same = lambda k: a.info.classes.get(k) == b.info.classes.get(k) and mine[k].shape[1:] == theirs[k].shape[1:]
+    return {k: np.concatenate([mine[k], theirs[k]]) for k in mine if k in theirs and same(k)}
+
+
+@patch
+def with_external(self:ImageSet,
+    other: ImageSet,  # of the same size and channels, other patients
+) -> ImageSet:
+    "This set with all pictures of `other` as further test pictures."
+    require(self.spatial == other.spatial is not None and self.channels == other.channels,
+            f"sets {self.info.name!r} and {other.info.name!r} have pictures of {self.channels} x {self.spatial} and {other.channels} x {other.spatial}: "
+            "read both in one size")
+    same = set(self.table.patient) & set(other.table.patient)
+    require(not same, lambda: f"patient {min(same)!r} stands in both {self.info.name!r} and {other.info.name!r}: an external test needs other patients")
+    boxed = self.boxes is not None and other.boxes is not None and self.info.classes["boxes"] == other.info.classes["boxes"]
+    parts = {k: _joined(k, self, other) for k in ("labels", "masks", "targets")}
+    table = pd.concat([self.table, other.table.assign(split="test")], ignore_index=True)
+    return ImageSet(np.concatenate([self.images, other.images]), self.info, boxes=[*self.boxes, *other.boxes] if boxed else None, table=table, **parts)
+
 # %% ../../nbs/01_data/00_imageset.ipynb #094cd362
 def _mirror_key(x: np.ndarray) -> bytes:
     "The same bytes for a picture and all its mirror images."

@@ -65,7 +65,7 @@ def features(self:FeatureBank,
 ) -> Features:          # float32, on the CPU
     "The features of the pictures `ids`, as the encoder would give them."
     at = self.rows(ids)
-    return Features(pooled=torch.from_numpy(self.pooled[at]), maps=[torch.from_numpy(m[at].astype(np.float32)) for m in self.maps])
+    return Features(pooled=torch.from_numpy(self.pooled[at]), maps=[torch.from_numpy(m[at]).float() for m in self.maps])
 
 
 @patch

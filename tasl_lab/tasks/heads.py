@@ -20,9 +20,8 @@ def channel_stats(
     maps,  # list of (n, C_l, *spatial_l) or of (n, D) arrays
 ):         # mean (C,), deviation (C,), channels of all levels in a row
     "Mean and floored standard deviation of each channel over pictures and places."
-    flat = [np.moveaxis(m, 1, -1).reshape(-1, m.shape[1]).astype(np.float32) for m in maps]
-    mean = np.concatenate([m.mean(0) for m in flat])
-    std = np.concatenate([m.std(0) for m in flat])
+    of = [torch.std_mean(torch.from_numpy(np.asarray(m)).float(), [0, *range(2, m.ndim)], correction=0) for m in maps]
+    std, mean = (np.concatenate([x.numpy() for x in parts]) for parts in zip(*of))
     return mean, np.maximum(std, 1e-3 * np.sqrt((std ** 2).mean()) + 1e-8)
 
 # %% ../../nbs/06_tasks/02_heads.ipynb #c12d93b6

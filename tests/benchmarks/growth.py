@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import count
+from itertools import chain, count
 
 import numpy as np
 from harness import Race, peak_memory
@@ -141,7 +141,10 @@ def exponents(points: list) -> list:
 def races(quick: bool) -> list[Race]: return []
 
 
-def extra(quick: bool) -> dict:
-    points = [*sweep("pictures", PICTURES[quick], pictures, LABELS[quick]),
-              *sweep("pixels per side", SIDES[quick], lambda side: pictures(FEW, side), LABELS[quick]), *matrices(quick), *peaks(quick)]
-    return {"points": points, "exponents": exponents(points)}
+def extra(quick: bool) -> Iterator[dict]:
+    "What is known after each point: whoever stops here has what is measured."
+    points, work = [], chain(matrices(quick), peaks(quick), sweep("pixels per side", SIDES[quick], lambda side: pictures(FEW, side), LABELS[quick]),
+                             sweep("pictures", PICTURES[quick], pictures, LABELS[quick]))
+    for point in work:
+        points.append(point)
+        yield {"points": points, "exponents": exponents(points)}
