@@ -9,6 +9,7 @@ __all__ = ['app', 'data_app', 'Quiet', 'Source', 'Size', 'Count', 'Device', 'com
 # %% ../nbs/11_cli.ipynb #dcfd7c79
 import functools
 import inspect
+import io
 import json
 import os
 import shutil
@@ -340,7 +341,7 @@ def demo(
 # %% ../nbs/11_cli.ipynb #93b10ae7
 def _on_stderr(quiet: bool):
     "What the library prints is progress here: it goes to stderr, or nowhere."
-    return redirect_stdout(open(os.devnull, "w") if quiet else sys.stderr)
+    return redirect_stdout(io.StringIO() if quiet else sys.stderr)
 
 
 _SHOWN = ("task", "labels", "arm", "metric", "value", "vs random", "verdict")
@@ -348,7 +349,7 @@ _SHOWN = ("task", "labels", "arm", "metric", "value", "vs random", "verdict")
 
 def _matrix_rows(cells):
     "One row per cell, numbers as text."
-    text = lambda r, key: f"{r[key]:.3f} [{r[key + '_low']:.3f}, {r[key + '_high']:.3f}]" if r.get(key) == r.get(key) and key in r else ""
+    text = lambda r, key: f"{r[key]:.3f} [{r[key + '_low']:.3f}, {r[key + '_high']:.3f}]" if r.get(key) is not None else ""
     for r in cells:
         value = f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
         yield dict(zip(_SHOWN, (r["task"], r["budget"], r["arm"], r["metric"], value, text(r, "vs_random"), r.get("verdict_random") or ""), strict=True))

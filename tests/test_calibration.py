@@ -134,17 +134,12 @@ def test_gaussian_intervals_are_calibrated(whole):
 
 
 @pytest.mark.full
-@pytest.mark.xfail(strict=True, reason="intervals that are symmetric on the scale of a bounded metric lie too high near its end")
-def test_the_plain_interval_is_calibrated_everywhere(whole):
-    assert whole.covered.min() >= .92 and .93 <= whole.covered.mean() <= .97
-
-
-@pytest.mark.full
-def test_the_logit_mends_it(whole):
-    "With the cautious bound on the logit scale, everywhere but where few patients differ much in their number of pictures."
-    held = whole["covered by bound, logit"].fillna(whole["covered by bound"])
+def test_the_interval_that_is_shown_is_calibrated(whole):
+    "Of bounded metrics the cautious bound on the logit scale. It fails where few patients differ much in their number of pictures, which is said in the docs."
+    shown = whole["covered by bound, logit"].fillna(whole.covered)
     few = (whole.world == "dice, unequal") & (whole.groups == 20)
-    assert held[~few].min() >= .92 - luck(.92, 2000) and .93 <= held.mean() <= .97 and (held >= whole.covered - .01).all()
+    assert shown[~few].min() >= .92 - luck(.92, 2000) and .93 <= shown.mean() <= .97 and shown[few].min() > .85
+    assert whole[whole.world != "gaussian"].covered.min() < .9     # what it mends
 
 
 @pytest.mark.full

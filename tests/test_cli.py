@@ -44,7 +44,8 @@ def half_a_second():
     return max(.5, 3 * min(float(python(code).stdout) for _ in range(3))) * float(os.environ.get("TASL_PATIENCE", "1"))
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["objectives", "--json"], ["data", "list"], ["pretrain", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["objectives", "--json"], ["data", "list"], ["pretrain", "--help"],
+                                  ["preregister", "--help"]], ids=" ".join)
 def test_commands_that_need_no_torch_start_at_once(args, half_a_second):
     "Half a second of processor time, the best of three."
     code = ("import sys, time\nfrom tasl_lab.cli import app\n"
@@ -284,6 +285,53 @@ def test_what_loads_monai_says_so_on_a_terminal(standin, monkeypatch, tmp_path):
         assert call(*TINY, "--out", tmp_path / f"run{len(told)}", *options).exit_code == 0
     assert told == [False, False, True, True]
     assert call(*TINY, "--out", tmp_path / "run1").exit_code == 0 and len(told) == 4, "what is finished needs no MONAI"
+
+
+HYPOTHESES = """
+- {id: P1, statement: simclr leads, metric: auroc, task: "classification:class", data: "phantom:texture", a: simclr, b: masked,
+   direction: greater, margin: .02, seeds: 3, budget: {steps: 150, batch: 96, labels: 120}}
+"""
+
+
+def test_preregister_writes_once_and_loads_no_torch(tmp_path):
+    source, out = tmp_path / "mine.yaml", tmp_path / "claims.json"
+    source.write_text(HYPOTHESES)
+    code = (f"import sys\nfrom tasl_lab.cli import app\ntry: app(['preregister', {str(source)!r}, '--out', {str(out)!r}, '--json'])\n"
+            "except SystemExit: print('torch' in sys.modules, file=sys.stderr)")
+    ran = python(code)
+    assert json.loads(ran.stdout)["hypotheses"] == 1 and ran.stderr.strip() == "False"
+    assert json.loads(ran.stdout)["sha256"] == json.loads(out.read_text())["sha256"]
+    refused("preregister", source, "--out", out, says="never overwritten")
+    source.write_text(HYPOTHESES.replace("margin", "margins"))
+    refused("preregister", source, "--out", tmp_path / "other.json", says="hypothesis 'P1'")
+
+
+def test_matrix_and_gate_refuse_before_any_work(tmp_path):
+    refused("matrix", "--preset", "huge", "--out", tmp_path / "x", says="preset 'huge' is unknown")
+    refused("matrix", "--data", "no/such/folder", "--out", tmp_path / "x", says="source 'no/such/folder'")
+    refused("gate", "--objectives", "simclr,nothing", "--out", tmp_path / "x", says="nothing")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_matrix_writes_tables_and_goes_on_from_what_is_finished(tmp_path):
+    result = call("matrix", "--preset", "smoke", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert {c["arm"] for c in answer["cells"]} == {"simclr", "spark", "simclr again", "random", "supervised"} and "min left" in result.stderr
+    tables = {p.stem for p in Path(answer["tables"]).glob("*.parquet")}
+    assert {"cells", "conditions", "twins", "power", "factors", "runs", "history", "measured"} <= tables
+    start = time.monotonic()
+    again = call("matrix", "--preset", "smoke", "--out", tmp_path, "--quiet")
+    assert again.exit_code == 0 and "tables:" in again.stdout and not again.stderr and time.monotonic() - start < 30
+
+
+@pytest.mark.slow
+def test_gate_says_who_passed(tmp_path):
+    args = ["--size", "32", "--pictures", "150", "--steps", "10", "--labels", "24", "--seeds", "2", "--objectives", "simclr,masked", "--out", tmp_path]
+    text, answer = call("gate", *args), json.loads(call("gate", *args, "--json", "--quiet").stdout)
+    assert text.exit_code == 0 and "of the pictures saved" in text.stdout and "of 6 done" in text.stderr
+    assert [o["objective"] for o in answer["objectives"]] == ["simclr", "masked"] and {"cost", "pictures", "seconds"} <= set(answer["savings"][0])
 
 
 def test_demo_refuses(standin, tmp_path):

@@ -6,8 +6,8 @@
 __all__ = ['SHIFT', 'SPREAD', 'OFFSET', 'PREVALENCE', 'EQUAL', 'UNEQUAL', 'EASE', 'STRETCH', 'CONCENTRATION', 'BURDEN', 'DRAWS',
            'DRAW_SD', 'WORLDS', 'GRID', 'CHUNK', 'effects', 'mean_over_normal', 'picture_scores', 'cells_of',
            'score_cells', 'auroc_truth', 'ap_truth', 'dice_of', 'dice_cells', 'unequal_cells', 'draw_cells',
-           'dice_truth', 'unequal_truth', 'World', 'simulated', 'logit_bounds', 'coverage', 'coverage_grid',
-           'null_difference', 'shuffled_difference', 'decisions', 'within_margin', 'null_grid', 'components', 'needed']
+           'dice_truth', 'unequal_truth', 'World', 'simulated', 'coverage', 'coverage_grid', 'null_difference',
+           'shuffled_difference', 'decisions', 'within_margin', 'null_grid', 'components', 'needed']
 
 # %% ../../nbs/07_alignment/00b_calibration.ipynb #aff2661c
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from .intervals import _bound, _cautious, _satterthwaite, crossed_bounds, pseudo_values
+from .intervals import crossed_bounds, half_width, logit_bounds, pseudo_values
 from ..core import require, rng
 from ..tasks.scores import auprc, auroc, ratio
 
@@ -200,17 +200,6 @@ def simulated(
     parts = [min(CHUNK, n - i) for i in range(0, n, CHUNK)]
     return np.concatenate([make(effects(k, seeds, groups, seed_sd, group_sd, g), g) for k in parts])
 
-# %% ../../nbs/07_alignment/00b_calibration.ipynb #1a0d2625
-def logit_bounds(
-    mean,  # (...,) of a metric that goes from 0 to 1
-    half,  # (...,) half width on its own scale
-    least: float = 1e-3,  # means outside `least` to 1 - `least` are moved there
-) -> tuple:  # low, high: each (...,)
-    "The ends of an interval that is symmetric on the logit scale, by the delta method."
-    m = np.clip(mean, least, 1 - least)
-    wide = half / (m * (1 - m))
-    return special.expit(special.logit(m) - wide), special.expit(special.logit(m) + wide)
-
 # %% ../../nbs/07_alignment/00b_calibration.ipynb #bb62dadd
 def _held(cells, truth, level):
     "Coverage of one set of experiments, as columns."
@@ -366,7 +355,7 @@ def _drawn_half(parts, S, G, level, draws, g):
     seed, group = parts["seed"] ** 2 / S + rest, parts["group"] ** 2 / G + rest
     chi = lambda df: g.chisquare(df, draws) / df
     found = seed * chi(S - 1), group * chi(G - 1), rest * chi((S - 1) * (G - 1)), S - 1, G - 1, level
-    return (_bound if _cautious("auto", S - 1, G - 1) else _satterthwaite)(*found)[0], np.sqrt(seed + group - rest)
+    return half_width(*found)[0], np.sqrt(seed + group - rest)
 
 # %% ../../nbs/07_alignment/00b_calibration.ipynb #aeb097f1
 def needed(

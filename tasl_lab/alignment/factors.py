@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .intervals import MARGINS, crossed_interval, holm_intervals, pseudo_values
+from .intervals import MARGINS, crossed_interval, holm_intervals, metric_interval, pseudo_values
 from ..core import require
 
 # %% ../../nbs/07_alignment/01_factors.ipynb #a41cc03d
@@ -265,7 +265,7 @@ def profile_table(
     rows = []
     for (arm, features, factor, metric), d in decoded.groupby(["arm", "features", "factor", "metric"], sort=False):
         cells = factor_cells(d, arm, factor, features)
-        i = crossed_interval(cells, level=level).within(-np.inf if metric == "R2" else 0., 1.)
+        i = metric_interval(cells, metric, level)
         rows.append({"data": data, "arm": arm, "features": features, "factor": factor, "metric": metric, "mean": i.mean, "low": i.low,
                      "high": i.high, "seeds": len(cells), "groups": cells.shape[1], "note": i.note})
     return pd.DataFrame(rows)

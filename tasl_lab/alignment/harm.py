@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from .intervals import MARGINS, RANGES, crossed_interval, holm, pseudo_values, verdict
+from .intervals import MARGINS, holm, metric_interval, pseudo_values, verdict
 from ..config import Config, PretrainConfig
 from ..core import fingerprint, read_json, require, write_json
 from ..data.imageset import ImageSet
@@ -131,6 +131,15 @@ CASES = {c.id: c for c in (
              "two crops of a twentieth of the picture seldom both hold the lesion: what they share is the background", "arXiv:2210.12843"),
     HarmCase("intensity-jitter", {"preset": "lesion-grade"}, "classification:class",
              Way("simclr", _JITTER), Way("simclr", _STILL), "the grade is the lesion's contrast, and views that change it must look alike", "arXiv:2301.12636"),
+    HarmCase("gain-jitter", {"preset": "texture"}, "regression:gain",
+             Way("simclr", _JITTER), Way("simclr", _STILL),
+             "jitter changes the gain from view to view, so views are alike only where it is forgotten", "arXiv:2006.07733"),
+    HarmCase("flips", {"preset": "texture"}, "classification:side",
+             Way("simclr", {"flip": (.5,)}), Way("simclr", {"flip": ()}),
+             "half of the views are mirrored, so that left and right must look alike", "arXiv:2301.12636"),
+    HarmCase("crops-and-size", {"preset": "texture"}, "regression:organ_area",
+             Way("simclr", {"scale": (.05, .5)}), Way("simclr", {"scale": (.8, 1.)}),
+             "crops are enlarged to one size, each by another factor, so that size must be forgotten", "arXiv:2006.07733"),
     HarmCase("site-shortcut", {"preset": "texture", "sites": _SITES, "site_confound": 1.}, "classification:class",
              Way("simclr", _STILL), Way("simclr", _JITTER),
              "in training the scanner tells the class, at test it does not; without jitter its gain is the easiest thing to keep", "arXiv:2507.17845",
@@ -148,8 +157,8 @@ CASES = {c.id: c for c in (
 
 # %% ../../nbs/07_alignment/11_harm.ipynb #d5860836
 WAYS = ("harmful", "remedy", "random")
-HOWS = {"frozen": "random", "fine-tuned": "scratch"}  # how an encoder is used, and what the untrained one is called then
-SCHEMA = 1
+HOWS = {"frozen": "random", "last level": "random", "fine-tuned": "scratch"}  # how an encoder is used, and what the untrained one is called then
+SCHEMA = 2
 
 
 def _encoder(way, config, pool, seed, out):
@@ -174,7 +183,8 @@ def work(
     (name, seed), out, data = item, Path(out), sets["labelled"]
     encoder, pictures = _encoder(getattr(case, name, None), config, sets[name], seed, out / "run")
     task, ids = make_task(case.task, data), data.budget(config.labels, seed)
-    task.probe(extract(encoder, data, precision=config.precision), data, ids, seed).save(out / "frozen")
+    bank = extract(encoder, data, precision=config.precision)
+    for how, features in (("frozen", bank), ("last level", bank.last())): task.probe(features, data, ids, seed, more=False).save(out / how)
     task.finetune(encoder, data, ids, seed, steps=config.finetune_steps, precision=config.precision).save(out / "fine-tuned")
     write_json(out / "item.json", {"case": case.id, "way": name, "seed": seed, "pictures": pictures})
 
@@ -224,7 +234,7 @@ def _case_row(folder, how):
     seeds, groups = cells["random"].shape
     row = {"case": record["id"], "task": record["task"], "metric": metric, "used": how, "control": HOWS[how], "seeds": seeds, "groups": groups}
     for w, name in zip(WAYS, ("harmful", "remedy", "control value")):
-        i = crossed_interval(cells[w]).within(*RANGES.get(metric, (0, 1)))
+        i = metric_interval(cells[w], metric)
         row |= {name: i.mean, f"{name} low": i.low, f"{name} high": i.high}
     for name, a, b in (("harm", "harmful", "random"), ("gain of remedy", "remedy", "harmful"), ("remedy - control", "remedy", "random")):
         v = verdict(cells[a] - cells[b], MARGINS[metric])

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ANNOTATED', 'DEFAULT_TASKS', 'CONTROLS', 'AGAIN', 'TUNED', 'SCHEMA', 'RARE', 'BESIDE', 'PRESETS', 'MatrixConfig',
            'default_tasks', 'fit_to', 'arm_of', 'Item', 'items_of', 'findings', 'conditions', 'group_cells', 'cells_of',
-           'work', 'run_matrix', 'Results', 'room', 'cells_table', 'conditions_table', 'contrast', 'decoded_factors',
-           'factor_tables', 'history', 'runs_table', 'Matrix', 'as_json', 'preset']
+           'work', 'run_matrix', 'Results', 'room', 'cells_table', 'conditions_table', 'contrast', 'power_table',
+           'decoded_factors', 'factor_tables', 'history', 'runs_table', 'Matrix', 'as_json', 'preset']
 
 # %% ../../nbs/07_alignment/02_matrix.ipynb #ebe097f9
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
 
+from .calibration import components, needed
 from .factors import COMPARISONS, compare, factor_profile, feature_kinds, profile_table
-from .intervals import MARGINS, RANGES, crossed_interval, holm, pseudo_values, verdict
+from .intervals import MARGINS, holm, metric_interval, pseudo_values, verdict
 from ..config import Config, PretrainConfig
 from ..core import fingerprint, pick_device, read_json, require, write_json
 from ..data.imageset import ImageSet
@@ -226,9 +228,7 @@ def _probe_task(task, bank, data, config, item, out):
 def _read(encoder, data, config):
     "Features of a set, of all levels or of the last one, which is then also what is pooled."
     bank = extract(encoder, data, precision=config.precision)
-    if config.readout == "pyramid": return bank
-    last = bank.maps[-1]
-    return replace(bank, maps=[last], pooled=last.astype(np.float32).reshape(*last.shape[:2], -1).mean(2), levels=bank.levels[-1:])
+    return bank if config.readout == "pyramid" else bank.last()
 
 
 def _profile(bank, data, out):
@@ -264,7 +264,8 @@ def _scores_name(task, budget) -> str: return f"{task.replace(':', '_')}-n{budge
 # %% ../../nbs/07_alignment/02_matrix.ipynb #2826f3cb
 def _encoder_of(item, data, config, out):
     "The frozen encoder of an item, and what its training cost."
-    if item.objective is None: return make_encoder(config.encoder, data.channels, data.dims, item.training), {"pictures": 0, "encoded": 0, "seconds": 0.}
+    size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}          # as a pre-training begins
+    if item.objective is None: return make_encoder(config.encoder, data.channels, data.dims, item.training, **size), {"pictures": 0, "encoded": 0, "seconds": 0.}
     wanted = config.pretraining(item.objective, item.training)
     run = out.parent / f"run-{wanted.identity(data.sha256)}"
     if not (run / "run.json").is_file():
@@ -382,7 +383,8 @@ class Results:
     def objectives(self) -> list:
         "Rows that were pre-trained, in the order of the configuration."
         named = [arm_of(o, self.config.encoder) for o in self.config.objectives]
-        return [a for a in [*named, named[0] + AGAIN, *(a + TUNED for a in named)] if a in set(self.table.arm)]
+        done = {r["item"]["arm"] for r in self.items}
+        return [a for a in [*named, named[0] + AGAIN, *(a + TUNED for a in named)] if a in done]
 
     @property
     def arms(self) -> list:
@@ -431,7 +433,7 @@ def _against(cells, reference, name, margin, sign):
 def _row(results, arm, task, budget, metric, condition):
     cells, margin = results.cells(arm, task, budget, metric, condition), MARGINS[metric]
     sign = -1 if kind_of(task.split(":")[0]).metrics[metric].lower else 1
-    i = crossed_interval(cells).within(*RANGES.get(metric, (0, 1)))
+    i = metric_interval(cells, metric)
     row = {"data": results.record["data"], "group": results.record["group"], "arm": arm, "task": task, "condition": condition, "metric": metric,
            "budget": budget, "seeds": cells.shape[0], "groups": cells.shape[1], "mean": i.mean, "low": i.low, "high": i.high, "margin": margin, "note": i.note}
     for control in ("random", "supervised"):
@@ -485,6 +487,31 @@ def contrast(
     table["p_holm"] = holm(table.p)
     return table.assign(verdict=table.verdict.mask(table.verdict.isin(["better", "worse"]) & ~(table.p_holm < .05), "undecided"))
 
+# %% ../../nbs/07_alignment/02_matrix.ipynb #7c4faffc
+def _least(table, column):
+    "The smallest number that is enough; infinite where none is."
+    return float(table[table.enough][column].min()) if table.enough.any() else np.inf
+
+
+def power_table(
+    results: Results,
+    control: str = "random",
+    power: float = .8,  # wanted chance to see the margin
+) -> pd.DataFrame:
+    "Per objective, task and budget: deviations of the difference from a control, the power there is, and the seeds or groups it would take."
+    rows, times = [], (1, 2, 4, 8)
+    for arm, task, budget in product(results.objectives, results.tasks, results.config.labels):
+        diff = results.cells(arm, task, budget) - results.cells(control, task, budget)
+        diff, (S, G), margin = diff[:, ~np.isnan(diff).any(0)], diff.shape, MARGINS[results.metric(task)]
+        if min(diff.shape) < 2: continue
+        parts = components(diff)
+        ask = lambda seeds, groups, p=parts, e=margin: needed(p, e, power, seeds=seeds, groups=groups, draws=500)
+        rows.append({"data": results.record["data"], "arm": arm, "task": task, "budget": budget, "margin": margin, "seeds": S, "groups": G}
+                    | {f"{k} sd": v for k, v in parts.items()} | {"power": ask((S,), (G,)).power[0]}
+                    | {"seeds needed": _least(ask(tuple(S * t for t in times), (G,)), "seeds")}
+                    | {"groups needed": _least(ask((S,), tuple(G * t for t in times)), "groups")})
+    return pd.DataFrame(rows)
+
 # %% ../../nbs/07_alignment/02_matrix.ipynb #969a85da
 def _arm_tables(results, name, where="item"):
     "A parquet of every item, or of its pre-training, with arm and seed."
@@ -535,9 +562,9 @@ class Matrix:
 
     @cached_property
     def tables(self) -> "dict[str, pd.DataFrame]":
-        "cells, conditions, twins, factors, comparisons, runs, history, and every cell as measured; those that have rows."
+        "cells, conditions, twins, power, factors, comparisons, runs, history, and every cell as measured; those that have rows."
         twin = lambda r: contrast(r, r.objectives[0] + AGAIN, r.objectives[0]) if r.objectives[0] + AGAIN in r.objectives else pd.DataFrame()
-        made = {"cells": cells_table, "conditions": conditions_table, "twins": twin, "factors": lambda r: factor_tables(r)[0],
+        made = {"cells": cells_table, "conditions": conditions_table, "twins": twin, "power": power_table, "factors": lambda r: factor_tables(r)[0],
                 "comparisons": lambda r: factor_tables(r)[1], "runs": runs_table, "history": history,
                 "measured": lambda r: r.table.assign(data=r.record["data"])}
         return {name: table for name, make in made.items() if len(table := self._joined(make))}

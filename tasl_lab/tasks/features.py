@@ -34,6 +34,7 @@ class FeatureBank:
     source: str = ""        # sha256 of the set
     encoder: str = ""       # name of the encoder
     _row: dict = field(default_factory=dict, init=False, repr=False)
+    statistics: dict = field(default_factory=dict, init=False, repr=False)  # what tasks take from it once
 
     def __post_init__(self): self._row = {int(i): r for r, i in enumerate(self.ids)}
 
@@ -75,6 +76,14 @@ def stream(self:FeatureBank,
 ) -> Iterator:          # of (ids, Features)
     "The features of `ids`, some at a time."
     for start in range(0, len(ids), batch): yield ids[start:start + batch], self.features(ids[start:start + batch])
+
+
+@patch
+def last(self:FeatureBank) -> FeatureBank:
+    "A bank of the last level alone, which is then also what is pooled: how features of a classifier are usually read."
+    m = self.maps[-1]
+    pooled = m.reshape(*m.shape[:2], -1).mean(2, dtype=np.float32)
+    return replace(self, maps=[m], pooled=pooled, levels=self.levels[-1:])
 
 # %% ../../nbs/06_tasks/00_features.ipynb #473ede66
 @contextmanager

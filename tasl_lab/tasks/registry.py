@@ -77,10 +77,12 @@ STATISTICS = 512  # pictures, at most, from which feature statistics are taken
 
 @patch
 def stats(self:Task, bank, set, pooled=False):
-    "Feature statistics of evenly spaced training pictures, without labels."
+    "Feature statistics of evenly spaced training pictures, without labels; taken once of a bank."
+    if (key := (set.sha256, pooled)) in bank.statistics: return bank.statistics[key]
     ids = np.array([i for i in set.ids("train") if int(i) in bank._row] or bank.ids)
     rows = bank.rows(ids[::-(-len(ids) // STATISTICS)])
-    return channel_stats([bank.pooled[rows]] if pooled else [m[rows] for m in bank.maps])
+    bank.statistics[key] = channel_stats([bank.pooled[rows]] if pooled else [m[rows] for m in bank.maps])
+    return bank.statistics[key]
 
 # %% ../../nbs/06_tasks/03_registry.ipynb #55f71fb4
 @patch

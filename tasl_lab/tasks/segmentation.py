@@ -128,7 +128,7 @@ def small_lesions_found(raw, weight, key="lesion_share"):  # (R, K)
     return lesions_found(raw, weight, key, small=True)
 
 # %% ../../nbs/06_tasks/05_segmentation.ipynb #791c17ba
-PLACES = 20_000
+PLACES = 12_000
 
 
 def sample_places(
