@@ -264,8 +264,9 @@ def _scores_name(task, budget) -> str: return f"{task.replace(':', '_')}-n{budge
 # %% ../../nbs/07_alignment/02_matrix.ipynb #2826f3cb
 def _encoder_of(item, data, config, out):
     "The frozen encoder of an item, and what its training cost."
-    size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}          # as a pre-training begins
-    if item.objective is None: return make_encoder(config.encoder, data.channels, data.dims, item.training, **size), {"pictures": 0, "encoded": 0, "seconds": 0.}
+    if item.objective is None:
+        size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}    # as a pre-training begins
+        return make_encoder(config.encoder, data.channels, data.dims, item.training, **size), {"pictures": 0, "encoded": 0, "seconds": 0.}
     wanted = config.pretraining(item.objective, item.training)
     run = out.parent / f"run-{wanted.identity(data.sha256)}"
     if not (run / "run.json").is_file():
