@@ -25,7 +25,7 @@ def demo(data: Path, out: Path) -> dict:
 def check(found: dict, tasks: set[str]):
     "Every arm, task and seed has its metric, its interval, per-image scores and cost."
     cells = found["cells"]
-    assert {c["task"] for c in cells} == tasks and {c["arm"] for c in cells} == {"simclr", "spark", "random", "supervised"}
+    assert {c["task"] for c in cells} == tasks and {c["arm"] for c in cells} == {"simclr", "simclr again", "spark", "random", "supervised"}
     for c in cells:
         assert set(c) >= CELL and len(c["by_seed"]) == c["seeds"] == 2 and c["low"] <= c["mean"] <= c["high"]
         for s in c["by_seed"]:
