@@ -274,7 +274,7 @@ def compared(self:Segmentation, mask, set, ids):
 
 @patch
 def beside(self:Segmentation, bank, set, train, val, test, seed):
-    "Dice of the nearest neighbours among patches, the strength of the prior chosen as for the linear head."
+    "Dice of the vote of a memory of patches, the strength of the prior chosen as for the linear head."
     truth = lambda ids: set.masks[self.target][ids]
     memory = remember(bank, train, truth(train), len(self.classes) + 1, self.stats(bank, set), rng("patches", seed))
     tau = choose(memory.scores_of(bank, val), truth(val), memory.prior)[1] if self.judges(set, val) else .5
