@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Quiet', 'Source', 'Size', 'Count', 'Device', 'command', 'main', 'objectives', 'data_list',
-           'doctor', 'lab', 'run', 'demo', 'matrix', 'gate', 'preregister', 'pretrain', 'profile']
+           'doctor', 'lab', 'run', 'demo', 'matrix', 'advise', 'gate', 'audit', 'preregister', 'pretrain', 'profile']
 
 # %% ../nbs/11_cli.ipynb #dcfd7c79
 import functools
@@ -382,6 +382,70 @@ def matrix(
     cells = json.loads(found.tables["cells"].to_json(orient="records"))
     return {"tables": str(tables), "cells": cells, "seconds": time.time() - start}
 
+# %% ../nbs/11_cli.ipynb #810b8390
+def _advise_text(answer) -> str:
+    from tasl_lab.alignment.advisor import Advice, advice_text
+    given = {k: v for k, v in answer.items() if k != "tree"}
+    told = advice_text(Advice(**given | {"by_task": {t: Advice(**a) for t, a in given["by_task"].items()}}))
+    return told + (f"\n\ntree: {answer['tree']}" if "tree" in answer else "")
+
+
+def _write_tree(path: Path, advice) -> str:
+    "The tree as a page, open at the case."
+    from tasl_lab.alignment.advisor import tree
+    from tasl_lab.core import write_atomic
+    from tasl_lab.figures.tree import tree_page
+    require(path.suffix in (".html", ".htm"), f"tree {path}: the tree is a page: name a file that ends in .html")
+    return str(write_atomic(path, tree_page(tree(), advice.nodes, below=str(advice))))
+
+# %% ../nbs/11_cli.ipynb #a1c84e45
+def _advise_text(answer) -> str:
+    from tasl_lab.alignment.advisor import Advice, advice_text
+    given = {k: v for k, v in answer.items() if k != "tree"}
+    told = advice_text(Advice(**given | {"by_task": {t: Advice(**a) for t, a in given["by_task"].items()}}))
+    return told + (f"\n\ntree: {answer['tree']}" if "tree" in answer else "")
+
+
+def _write_tree(path: Path, advice) -> str:
+    "The tree as a page, open at the case."
+    from tasl_lab.alignment.advisor import tree
+    from tasl_lab.core import write_atomic
+    from tasl_lab.figures.tree import tree_page
+    require(path.suffix in (".html", ".htm"), f"tree {path}: the tree is a page: name a file that ends in .html")
+    return str(write_atomic(path, tree_page(tree(), advice.nodes, below=str(advice))))
+
+# %% ../nbs/11_cli.ipynb #e3397380
+@command(show=_advise_text,
+         examples=["tasl advise --task segmentation --modality mri --labels 20 --dims 3",
+                   "tasl advise --task classification --task segmentation --modality ct --labels 500",
+                   "tasl advise --task detection:boxes --data phantom --labels 120 --tree tree.html"])
+def advise(
+    task: Annotated[list[str], typer.Option(help="Kind of task (classification, segmentation, ...) or kind:target; give it for every task.")],
+    modality: Annotated[str, typer.Option(help="mri, ct, xray, ultrasound, histology, fundus, oct, dermoscopy, endoscopy, microscopy or generic.")] = None,
+    labels: Annotated[int, typer.Option(help="Labelled pictures, or volumes.")] = None,
+    dims: Annotated[int, typer.Option(help="2 or 3.")] = 2,
+    compute: Annotated[str, typer.Option(help="laptop (hours on a processor or a small GPU), gpu (days on one) or cluster.")] = "laptop",
+    unlabelled: Annotated[int, typer.Option(help="Pictures to pre-train on.")] = None,
+    object_size: Annotated[float, typer.Option(help="Side of the objects, in patches of the encoder.")] = None,
+    contour: Annotated[float, typer.Option(help="How ragged borders are: 1 is round.")] = None,
+    scope: Annotated[str, typer.Option(help="Does the label hang on a part of the picture (local) or on all of it (global)?")] = None,
+    data: Annotated[str, typer.Option(help="A source or a folder: what is not given is read from its pictures.")] = None,
+    size: Size = 64,
+    pictures: Count = None,
+    measured: Annotated[list[Path], typer.Option(help="Tables of your own matrices, see 'tasl matrix'; the project's own record by default.")] = [],  # noqa: B006
+    tree: Annotated[Path, typer.Option(help="Also write the tree of the rules as a page, open at this case.")] = None,
+):
+    "What to pre-train for a task: ranked objectives with reason, evidence, confidence, gate, and what would change the advice."
+    from tasl_lab.alignment.advisor import advise
+    given = {k: v for k, v in (("size", object_size), ("contour", contour), ("scope", scope)) if v is not None} or None
+    if data is not None: _check_source(data)
+    def pictures_of():
+        from tasl_lab.data.sources import load
+        return load(data, size, n=pictures)
+
+    found = advise(task, modality, labels, dims, compute, unlabelled, given, pictures_of() if data else None, list(measured) or None)
+    return found.as_dict() | ({"tree": _write_tree(tree, found)} if tree else {})
+
 # %% ../nbs/11_cli.ipynb #34134d29
 def _gate_text(a) -> str:
     rows = [{"objective": r["objective"], "passed": "yes" if r["passed"] else "no", "why": r["reason"] or ""} for r in a["objectives"]]
@@ -417,6 +481,42 @@ def gate(
     found = run_gate(config, load(data, size, n=pictures), out, workers=default_workers(), progress=told)
     plain = lambda table: json.loads(table.to_json(orient="records"))
     return {"out": str(out), "objectives": plain(outcomes(found)), "savings": plain(savings(found))}
+
+# %% ../nbs/11_cli.ipynb #a2a21a35
+_OF_TRAINING = ("steps", "lr", "weight_decay", "warmup", "clip", "precision", "watch")  # fields that an audit has no use for
+
+
+@command(cls=_with_schema("tasl_lab.config:PretrainConfig", without=_OF_TRAINING), show=lambda a: a["text"],
+         examples=["tasl audit --objective simclr --data phantom:lesion-grade --task classification",
+                   "tasl audit --objective masked --encoder vit-tiny --data FOLDER --task segmentation --json"])
+def audit(
+    ctx: typer.Context,
+    data: Source = "phantom",
+    size: Size = 64,
+    pictures: Count = None,
+    task: Annotated[str, typer.Option(help="kind, or kind:target; a kind alone stands for the set's first target.")] = "classification",
+    finding: Annotated[str, typer.Option(help="What the task looks for: a mask, or boxes; found by itself.", show_default=False)] = None,
+    sample: Annotated[int, typer.Option(min=2, help="Training pictures to look at, at most.")] = 500,
+    strip: Annotated[Path, typer.Option(help="PNG file for pictures before and after.", show_default=False)] = None,
+    device: Device = "auto",
+):
+    "Before any training: does the objective fit the task? What its views and masks do to the label, and what to change."
+    from tasl_lab.config import PretrainConfig
+    config = PretrainConfig.of(**_given(ctx))
+    _check_source(data)
+    _loading(False)
+    from tasl_lab.alignment.audit import audit
+    from tasl_lab.data.sources import load
+    found = audit(config, load(data, size, n=pictures), task, finding, sample, device=device)
+    if strip: _save_strip(found, strip)
+    return found.to_dict() | {"text": str(found)}
+
+
+def _save_strip(found, path: Path):
+    "The pictures before and after as a PNG."
+    from tasl_lab.figures.audit import audit_strip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audit_strip(found.strip()).save(path, format="PNG")
 
 # %% ../nbs/11_cli.ipynb #9bb225ff
 @command(show=lambda a: f"{a['path']}: {a['hypotheses']} hypotheses, sha256 {a['sha256']}", examples=["tasl preregister hypotheses.yaml --out claims.json"])

@@ -45,7 +45,8 @@ def half_a_second():
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["objectives", "--json"], ["data", "list"], ["pretrain", "--help"],
-                                  ["preregister", "--help"]], ids=" ".join)
+                                  ["preregister", "--help"],
+                                  ["advise", "--task", "segmentation", "--modality", "mri", "--labels", "20", "--dims", "3"]], ids=" ".join)
 def test_commands_that_need_no_torch_start_at_once(args, half_a_second):
     "Half a second of processor time, the best of three."
     code = ("import sys, time\nfrom tasl_lab.cli import app\n"
@@ -77,7 +78,7 @@ def test_the_installed_program_runs():
 
 def test_every_command_has_help_with_a_sentence_and_json():
     found = call("--help").output
-    for name in ("demo", "run", "pretrain", "profile", "objectives", "doctor", "lab"):
+    for name in ("demo", "run", "pretrain", "profile", "objectives", "doctor", "lab", "matrix", "gate", "audit", "advise", "preregister"):
         assert f"\n  {name} " in found
         told = call(name, "--help").output
         assert "Examples:" in told and "--json" in told

@@ -2,11 +2,10 @@
 import numpy as np
 import pytest
 
-from tasl_lab.alignment.harm import CASES, HOWS, WAYS, HarmCase, HarmConfig, Way, harm_table, own_policy, pictures_of, run_case
+from tasl_lab.alignment.harm import CASES, HOWS, WAYS, HarmCase, HarmConfig, Way, harm_table, pictures_of, run_case
 from tasl_lab.core import InputError, rng, write_json
 from tasl_lab.data.phantom import phantom_spec
 from tasl_lab.objectives.cards import parse_spec
-from tasl_lab.policies import POLICIES
 from tasl_lab.tasks.registry import make_task
 from tasl_lab.tasks.scores import Scores
 from tasl_lab.views import ViewSpec
@@ -54,12 +53,6 @@ def test_a_case_can_be_made(name):
         parse_spec(way.objective)
     data = pictures_of(case.data, TINY, case.test)
     assert make_task(case.task, data).name == case.task and not data.leaks()
-
-
-def test_a_policy_of_ones_own_does_not_stay():
-    before = set(POLICIES)
-    with pytest.raises(RuntimeError), own_policy("mri", {"flip": ()}): raise RuntimeError
-    assert set(POLICIES) == before
 
 
 def test_views_and_pools_are_part_of_an_item(tmp_path):

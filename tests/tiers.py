@@ -40,8 +40,8 @@ TIERS = {
         Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 120),
     ],
     "slow": [
-        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 420),
-        Stage("experiments", f"{NBTEST} 600 nbs/experiments", 180),
+        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 240),
+        Stage("experiments", f"{NBTEST} 600 nbs/experiments", 360),
         Stage("docs", "python .ci/docs.py build", 240),
         Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 900),
     ],
