@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import Field
 from scipy import stats
 
-from .intervals import holm
+from .intervals import MARGINS, holm
 from .matrix import MatrixConfig, Results, decoded_factors, run_matrix
 from ..config import Config
 from ..core import fingerprint, require
@@ -114,7 +114,8 @@ def effects(
     require(a in wide and b in wide, f"arms {a!r} and {b!r}: the replicates hold {', '.join(wide.columns)}")
     for (preset, task, metric), g in wide.groupby(level=["preset", "task", "metric"], sort=False):
         zero, one = g.random.mean(), g.ceiling.mean() if "ceiling" in g else np.nan
-        scaled = {f"{k}_scaled": (g[arm].mean() - zero) / (one - zero) for k, arm in (("a", a), ("b", b))}
+        room = one - zero if one - zero > MARGINS.get(metric, 0) else np.nan
+        scaled = {f"{k}_scaled": (g[arm].mean() - zero) / room for k, arm in (("a", a), ("b", b))}
         rows.append(dict(preset=preset, task=task, metric=metric, a=g[a].mean(), b=g[b].mean(), random=zero, ceiling=one) | _interval(g[a] - g[b])
                     | dict(relative=(g[a].mean() - g[b].mean()) / min(g[a].mean(), g[b].mean())) | scaled)
     table = pd.DataFrame(rows)

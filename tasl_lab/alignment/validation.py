@@ -117,7 +117,8 @@ def within_runs(
     "Rank correlation of a proxy with a fine-tuned score among the checkpoints of each run."
     keys = ["objective", "seed", "step"]
     wide = readings.pivot_table(index=keys, columns=["kind", "name"], values="value")
-    require(("proxy", proxy) in wide and ("task", task) in wide, f"readings hold no proxy {proxy!r} or no task {task!r}: they have {', '.join(readings.name.unique())}")
+    require(("proxy", proxy) in wide and ("task", task) in wide,
+            f"readings hold no proxy {proxy!r} or no task {task!r}: they have {', '.join(readings.name.unique())}")
     rho = [_spearman(goodness(proxy, g["proxy"][proxy]), g["task"][task].to_numpy()) for _, g in wide.groupby(level=[0, 1], sort=False)]
     return np.array([r for r in rho if r == r])
 

@@ -1,0 +1,207 @@
+"""Explore, its viewers and Compare in a real JupyterLab: lasso, click, paint, switch encoders, both themes, no error in the console."""
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from browser import chromium, notebook, server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+CELLS = ["""
+import time
+start = time.perf_counter()
+from tasl_lab.data.sources import sample
+from tasl_lab.encoders import make_encoder
+from tasl_lab.lab.explore import Explore
+brain = sample('brain')
+panel = Explore([make_encoder('cnn-tiny'), make_encoder('vit-tiny')], brain)
+took = time.perf_counter() - start
+panel
+""", """
+import json
+print(json.dumps({'chosen': len(panel.chosen), 'at': panel.at, 'took': took, 'name': panel.name, 'shown': panel.sheet.count}))
+""", """
+from tasl_lab.lab.viewers import Looks, Paint, PatchViewer
+two = {'one': make_encoder('vit-tiny'), 'two': make_encoder('vit-tiny', seed=1)}
+looks = Looks(two, brain)
+looks
+""", """
+patches = PatchViewer(two, brain)
+patches
+""", """
+paint = Paint(two, brain)
+paint
+""", """
+print(json.dumps({'asked': patches.asked, 'steps': paint.steps, 'moved': paint.table.distance.tolist()}))
+""", """
+from tasl_lab.lab.compare import Compare
+compare = Compare({'cnn': make_encoder('cnn-tiny'), 'vit': two['one']}, brain)
+compare
+""", """
+print(json.dumps({'chosen': len(compare.chosen)}))
+"""]
+
+
+@pytest.fixture
+def shots(tmp_path) -> Path:
+    "Where screenshots go: $TASL_SHOTS, or a folder that is thrown away."
+    folder = Path(os.environ.get("TASL_SHOTS", tmp_path / "shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def written(folder: Path, cells) -> None:
+    "A notebook of these cells."
+    made = [{"cell_type": "code", "id": f"c{k}", "metadata": {}, "outputs": [], "execution_count": None, "source": s.strip()} for k, s in enumerate(cells)]
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    (folder / "explore.ipynb").write_text(json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def lasso(page, plot, share=.8) -> float:
+    "Draw around the middle of the first map of a figure; returns when the mouse was let go."
+    box = plot.locator(".nsewdrag").first.bounding_box()
+    a, b = box["width"] * (1 - share) / 2, box["height"] * (1 - share) / 2
+    corners = [(a, b), (box["width"] - a, b), (box["width"] - a, box["height"] - b), (a, box["height"] - b), (a, b + 4)]
+    page.mouse.move(box["x"] + corners[0][0], box["y"] + corners[0][1])
+    page.mouse.down()
+    for x, y in corners[1:]: page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+    page.mouse.up()
+    return time.monotonic()
+
+
+def click_on(page, canvas, x: float, y: float) -> None:
+    "Click a canvas at a place in its own pixels."
+    canvas.scroll_into_view_if_needed()
+    canvas.click(position={"x": x, "y": y})
+
+
+def painted(page, canvas, points) -> None:
+    "Draw a line on a canvas."
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + points[0][0], box["y"] + points[0][1])
+    page.mouse.down()
+    for x, y in points[1:]: page.mouse.move(box["x"] + x, box["y"] + y, steps=5)
+    page.mouse.up()
+
+
+def told(nb, cell: int, seconds: float = 60) -> dict:
+    "What a cell prints as JSON."
+    nb.run(cell)
+    nb.page.wait_for_function("i => window.jupyterapp.shell.currentWidget.content.widgets[i].model.outputs.length > 0", arg=cell, timeout=seconds * 1000)
+    nb.idle()
+    return json.loads(nb.output(cell))
+
+
+def cell(nb, index: int):
+    "The outputs of a cell, brought into view."
+    nb.page.evaluate("i => { const n = window.jupyterapp.shell.currentWidget.content; n.scrollToItem(i, 'start'); }", index)
+    return nb.page.locator(".jp-CodeCell").nth(index)
+
+
+def coloured(page, canvas) -> int:
+    "How many colours a canvas shows: pixels, not presence."
+    return canvas.evaluate("c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data, s = new Set(); "
+                           "for (let i = 0; i < d.length; i += 40) s.add(d[i] * 65536 + d[i + 1] * 256 + d[i + 2]); return s.size; }")
+
+
+def problems(nb) -> list:
+    "Errors in the console; anywidget complains of a page that takes more than two seconds to load, and goes on."
+    return [e for e in nb.errors if "[anywidget] Failed to initialize model" not in e]
+
+
+def both_themes(nb, shots, name, where):
+    "Screenshots in a light and a dark page."
+    for theme in ("Light", "Dark"):
+        nb.theme(f"JupyterLab {theme}")
+        where()
+        nb.page.wait_for_timeout(1200)
+        nb.page.screenshot(path=shots / f"{name}_{theme.lower()}.png")
+    nb.theme("JupyterLab Light")
+
+
+def test_explore(root, tmp_path, shots):
+    chromium()
+    work = tmp_path / "work"
+    work.mkdir()
+    written(work, CELLS[:2])
+    with server(work, tmp_path) as address, notebook(address, "explore.ipynb") as nb:
+        page = nb.page
+        nb.run(0)
+        page.wait_for_selector(".tasl .js-plotly-plot .nsewdrag", timeout=180_000)
+        nb.idle(120)
+        page.wait_for_timeout(1500)
+        cell(nb, 0)
+        page.wait_for_timeout(800)
+        out = page.locator(".tasl").first
+        let_go = lasso(page, out.locator(".js-plotly-plot").first)
+        page.wait_for_selector(".tasl canvas[aria-label^='Selected pictures. ']", timeout=60_000)
+        selected = time.monotonic() - let_go
+        sheet = out.locator("canvas[aria-label^='Selected pictures']")
+        page.wait_for_timeout(800)
+        assert coloured(page, sheet) > 40
+        click_on(page, sheet, 30, 30)
+        page.wait_for_selector(".tasl canvas[aria-label^='Picture ']", timeout=30_000)
+        both_themes(nb, shots, "explore", lambda: cell(nb, 0))
+        sheet.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(1500)
+        found = told(nb, 1)
+        assert 20 < found["chosen"] < 240 and found["at"] is not None and found["shown"] == min(24, found["chosen"])
+        out.locator("select").first.select_option("vit-tiny")
+        page.wait_for_selector(".tasl h4, .tasl-quiet:has-text('vit-tiny')", timeout=60_000)
+        print(f"imports, features and maps {found['took']:.1f} s; lasso to thumbnails {selected:.2f} s in the browser")
+        assert not problems(nb), nb.errors
+
+
+def test_viewers_and_compare(root, tmp_path, shots):
+    chromium()
+    work = tmp_path / "work"
+    work.mkdir()
+    written(work, [CELLS[0].replace("\npanel\n", "\n"), "import json", *CELLS[2:]])
+    with server(work, tmp_path) as address, notebook(address, "explore.ipynb") as nb:
+        page = nb.page
+        for k in (0, 1, 2):
+            nb.run(k)
+            nb.idle(180)
+        page.wait_for_selector(".tasl canvas[aria-label^='two: ']", timeout=180_000)
+        words = page.locator(".tasl [role=status]").first.inner_text()
+        assert words.count("probes: ") == 2 and "random weights" in words, "attention of two encoders with both scores beside it"
+        both_themes(nb, shots, "looks", lambda: cell(nb, 2))
+
+        nb.run(3)
+        page.locator(".jp-CodeCell").nth(3).locator("canvas[aria-label^='two: ']").wait_for(timeout=180_000)
+        nb.idle(120)
+        patch = cell(nb, 3).locator("canvas[aria-label^='one: ']")
+        before = coloured(page, patch)
+        click_on(page, patch, 170, 40)
+        page.wait_for_selector(".tasl [role=status]:has-text('Similarity to the patch')", timeout=60_000)
+        page.wait_for_timeout(800)
+        assert before > 40 and coloured(page, patch) > 20
+        both_themes(nb, shots, "patches", lambda: cell(nb, 3))
+
+        nb.run(4)
+        page.wait_for_selector(".tasl canvas[aria-label^='The picture to paint on']", timeout=180_000)
+        nb.idle(120)
+        cell(nb, 4)
+        painted(page, page.locator("canvas[aria-label^='The picture to paint on']"), [(60, 60), (90, 80), (110, 110)])
+        page.wait_for_timeout(3000)
+        both_themes(nb, shots, "paint", lambda: cell(nb, 4))
+        found = told(nb, 5)
+        assert found["asked"] is not None and found["steps"] == 1 and min(found["moved"]) > 0
+
+        nb.run(6)
+        page.wait_for_selector(".tasl h3:has-text('Compare')", timeout=180_000)
+        nb.idle(120)
+        page.wait_for_timeout(2000)
+        where = cell(nb, 6)
+        page.wait_for_timeout(800)
+        lasso(page, where.locator(".js-plotly-plot").first)
+        page.wait_for_timeout(3000)
+        both_themes(nb, shots, "compare", lambda: cell(nb, 6))
+        found = told(nb, 7)
+        assert found["chosen"] > 20
+        assert not problems(nb), nb.errors

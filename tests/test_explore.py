@@ -1,0 +1,212 @@
+"""Maps, viewers and comparisons without a browser: other threads, many points, runs that are re-run, volumes, and what is refused."""
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tasl_lab.alignment.embedding import MapJob, colour_of, disagreement, joint_axes, nearest, patches_of, pca_map, trust, wait_for
+from tasl_lab.alignment.similarity import knn_overlap
+from tasl_lab.core import InputError
+from tasl_lab.data.imageset import ImageSet, Info
+from tasl_lab.data.phantom import phantom
+from tasl_lab.encoders import make_encoder
+from tasl_lab.figures.embedding import embedding_maps, look_of, mark, remap, repaint
+from tasl_lab.lab.canvas import PictureCanvas
+from tasl_lab.lab.compare import Compare, who_is_right
+from tasl_lab.lab.explore import Explore
+from tasl_lab.lab.viewers import Paint, PatchViewer
+
+
+def elsewhere(act):
+    "Call in another thread, as JupyterLab sometimes does; what it raises is raised here."
+    found = []
+    def run():
+        try: found.append(act())
+        except Exception as e: found.append(e)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception): raise found[0]
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def data(): return phantom(60, size=32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoder(): return make_encoder("cnn-tiny", filters=8, blocks=(1, 1))
+
+
+@pytest.fixture(scope="module")
+def vit(): return make_encoder("vit-tiny", width=48, depth=2, heads=2, patch=8, size=32)
+
+
+def waves(n, spatial, seed=0):
+    "Pictures with a site and a class, quickly made."
+    g = np.random.default_rng(seed)
+    x = g.integers(0, 255, (n, 1, *spatial), dtype=np.uint8)
+    split = ["train", "train", "test", "test"] * (n // 4)
+    table = pd.DataFrame({"patient": [f"p{i // 2}" for i in range(n)], "site": [f"s{i // 2 % 3}" for i in range(n)], "split": split})
+    mask = np.zeros((n, *spatial), np.uint8)
+    mask[(slice(None), *(slice(1, 3) for _ in spatial))] = 1
+    info = Info("waves", classes={"kind": ["a", "b"], "spot": ["none", "spot"]})
+    return ImageSet(x, info, labels={"kind": np.arange(n) // 2 % 2}, masks={"spot": mask}, table=table)
+
+
+def test_handlers_from_both_threads(data, encoder):
+    panel = Explore(encoder, data, live=True)
+    panel.show()
+    for call in (lambda act: act(), elsewhere):
+        assert len(call(lambda: panel.select("pictures", range(7)))) == 7
+        assert panel.sheet.count == 7 and "7 of 60 pictures" in panel.words.value
+        assert len(call(lambda: panel.point("patches", 3))) == 8 and panel.big.count == 1
+        call(lambda: panel.colour("site" if "site" in panel.choices else panel.choices[1]))
+        call(lambda: setattr(panel.others, "clicked", {"index": 1, "y": 0, "x": 0, "n": time.monotonic_ns()}))
+    panel.select("pictures", [])
+    assert "Nothing is selected" in panel.words.value and panel.sheet.count == 0
+    panel.close()
+
+
+def test_ten_thousand_points(encoder):
+    "From the lasso to the thumbnails in less than a second of Python, and what is left out is said."
+    many = waves(10_000, (16, 16))
+    panel = Explore(encoder, many, most=10_000, live=True)
+    panel.show()
+    assert len(panel.figure.data[0].x) == 10_000 and "5,000 of 160,000 patches" in panel.maps["patches"].words
+    panel.select("pictures", range(10))
+    took = []
+    for start in (0, 1000, 2000):
+        began = time.perf_counter()
+        panel.select("pictures", np.arange(start, start + 7000))
+        took.append(time.perf_counter() - began)
+    assert panel.sheet.count == 24 and "7,000 of 10,000 pictures" in panel.words.value
+    assert min(took) < 1, f"lasso of 7,000 points to thumbnails: {min(took):.2f} s"
+    panel.close()
+
+
+def test_reruns_leave_nothing(data, encoder, tmp_path):
+    "A panel that is closed ends its map's process and its thread, also when it is made again at once."
+    before, processes = set(threading.enumerate()), []
+    for k in range(10):
+        panel = Explore(encoder, data, live=True, cache=tmp_path / str(k))
+        panel.show()
+        panel.map("UMAP")
+        processes += [j.process for j in panel.jobs.values()]
+        panel.close()
+        assert panel.wait(20)
+    assert all(p.poll() is not None for p in processes) and set(threading.enumerate()) <= before and len(processes) == 20
+
+
+@pytest.mark.slow
+def test_umap_arrives_and_is_kept(data, encoder, tmp_path):
+    panel = Explore(encoder, data, live=True, cache=tmp_path)
+    panel.show()
+    panel.map("UMAP")
+    assert panel.wait(280) and panel.maps["pictures"].method == "UMAP" and "Made in" in panel.status, panel.status
+    assert np.allclose(panel.figure.data[0].x, panel.maps["pictures"].xy[:, 0])
+    panel.other_seed()
+    assert panel.wait(280) and panel.maps["pictures"].seed == 1 and "neighbours by UMAP 0 are neighbours by UMAP 1" in panel.status
+    again = Explore(encoder, data, cache=tmp_path)
+    again.map("UMAP")
+    assert again.wait(30) and (again.maps["patches"].xy == wait_for(MapJob(again.patches.z, cache=tmp_path / "maps")).xy).all()
+    panel.close()
+
+
+def test_a_worker_that_fails_is_told(data, encoder, tmp_path):
+    "What cannot be mapped is said in the panel and stops nothing."
+    panel = Explore(encoder, data, live=True, cache=tmp_path)
+    panel.show()
+    panel.features["pictures"] = np.full((60, 8), np.nan, np.float32)
+    panel.map("UMAP")
+    panel.jobs["patches"].stop()
+    assert panel.wait(120) and "was not made" in panel.doing.value and panel.maps["pictures"].method == "PCA"
+    assert len(panel.select("pictures", [1, 2])) == 2
+    panel.close()
+
+
+def test_numbers_stay_in_the_original_space():
+    g = np.random.default_rng(0)
+    z = g.standard_normal((200, 30)).astype(np.float32)
+    at, cosine = nearest(z, 4, 5)
+    by_hand = z @ z[4] / np.linalg.norm(z, axis=1) / np.linalg.norm(z[4])
+    by_hand[4] = -2
+    assert (at == np.argsort(-by_hand)[:5]).all() and np.allclose(cosine, np.sort(by_hand)[::-1][:5], atol=1e-5)
+    other = z + g.standard_normal(z.shape)
+    assert np.isclose(1 - disagreement(z, other).mean(), knn_overlap(z, other))
+    kept, shuffled = trust(z, pca_map(z).xy)[:2], trust(z, g.standard_normal((200, 2)))[:2]
+    assert min(kept) > max(shuffled) and abs(np.mean(shuffled) - .5) < .08
+    with pytest.raises(InputError, match="200 features and 9 places"): trust(z, z[:9, :2])
+
+
+def test_joint_axes_of_one_encoder_are_its_principal_components():
+    from sklearn.decomposition import PCA
+    g = np.random.default_rng(1)
+    m = g.standard_normal((6, 10, 4, 4)).astype(np.float32)
+    flat = np.moveaxis(m, 1, -1).reshape(-1, 10)
+    own = PCA(3).fit_transform(flat - flat.mean(0))
+    axes = joint_axes({"a": m})[0]["a"].reshape(-1, 3)
+    assert all(abs(np.corrcoef(own[:, k], axes[:, k])[0, 1]) > .999 for k in range(3))
+
+
+def test_volumes(tmp_path):
+    volumes = waves(16, (16, 16, 16))
+    cnn = make_encoder("cnn-tiny", dims=3, filters=8, blocks=(1, 1))
+    panel = Explore(cnn, volumes, live=True)
+    panel.show()
+    assert panel.patches.place.shape[1] == 3 and len(panel.select("patches", range(30))) > 0 and panel.sheet.count > 0
+    panel.point("patches", 2)
+    assert panel.big.count == 1
+    panel.close()
+    view = PatchViewer(cnn, volumes, ids=[2, 3])
+    view.ask(0, 5, 9)
+    assert len(view.tiles()[0]["cnn-tiny"][0]) == 2
+    painted = Paint(cnn, volumes, ids=[2], labels=8)
+    painted.tool = "erase"
+    assert (painted.stroke([(2, 2)]).distance > 0).all() and painted.drawn.ndim == 3
+
+
+def test_compare_links_selection(data, encoder, vit):
+    panel = Compare({"cnn": encoder, "vit": vit}, data, live=True)
+    panel.show()
+    elsewhere(lambda: panel.select([1, 2, 3]))
+    assert [list(panel.figure.data[2 * k].selectedpoints) for k in (0, 1)] == [[1, 2, 3]] * 2 and panel.sheet.count == 3
+    label = next(c for c in panel.choices if c.startswith("right: "))
+    panel.controls["colour"].value = label
+    assert set(panel.values()) <= {"all", "none", "only cnn", "only vit", "unknown"}
+    panel.select([])
+    assert panel.figure.data[0].selectedpoints is None
+    panel.close()
+    assert who_is_right({"a": ["right"], "b": ["unknown"]}).tolist() == ["unknown"]
+
+
+def test_canvas_gives_what_the_browser_needs():
+    canvas = PictureCanvas(np.zeros((5, 8, 8, 3), np.uint8), "Five.", columns=3, captions="abcde")
+    state = canvas.get_state()
+    assert state["count"] == 5 and state["captions"] == list("abcde") and bytes(state["sheet"][:4]) == b"\x89PNG" and state["alt"] == "Five."
+    heard = []
+    canvas.observe(lambda c: heard.append(threading.current_thread().name), "stroke")
+    canvas.stroke = [[1, 2]]
+    elsewhere(lambda: setattr(canvas, "stroke", [[3, 4]]))
+    assert len(set(heard)) == 2
+
+
+def test_maps_change_in_place():
+    g = np.random.default_rng(0)
+    xy, kind = g.standard_normal((50, 2)), np.array(["a", "b"] * 25)
+    look = look_of({"m": kind}, "kind")
+    fig = embedding_maps({"m": xy}, look)
+    mark(fig, "m", [1, 2])
+    remap(fig, "m", xy[:20], look_of({"m": kind[:20]}, "kind"), "fewer")
+    assert len(fig.data[0].x) == 20 and len(fig.data[1].x) == 0 and "fewer" in fig.layout.annotations[0].text
+    repaint(fig, look_of({"m": xy[:20, 0].astype(np.float32)}, "x"))
+    assert fig.layout.coloraxis.showscale and not any(t.visible for t in fig.data[2:])
+
+
+def test_what_is_refused(data, encoder):
+    with pytest.raises(InputError, match="neither an encoder nor the folder"): Explore("nowhere", data)
+    with pytest.raises(InputError, match="nothing to be compared with"): Compare(encoder, data)
+    with pytest.raises(InputError, match="have no 'mood'"): colour_of(data, [0], "mood")
+    with pytest.raises(InputError, match="holds no maps"): patches_of(type("Bank", (), {"maps": []})())
