@@ -40,7 +40,7 @@ from tasl_lab.lab.compare import Compare
 compare = Compare({'cnn': make_encoder('cnn-tiny'), 'vit': two['one']}, brain)
 compare
 """, """
-print(json.dumps({'chosen': len(compare.chosen)}))
+print(json.dumps({'chosen': len(compare.chosen), 'linked': [len(list(compare.figure.data[2 * k].selectedpoints)) for k in (0, 1)]}))
 """]
 
 
@@ -203,5 +203,5 @@ def test_viewers_and_compare(root, tmp_path, shots):
         page.wait_for_timeout(3000)
         both_themes(nb, shots, "compare", lambda: cell(nb, 6))
         found = told(nb, 7)
-        assert found["chosen"] > 20
+        assert found["chosen"] > 20 and found["linked"] == [found["chosen"]] * 2
         assert not problems(nb), nb.errors

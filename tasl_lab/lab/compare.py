@@ -67,7 +67,7 @@ class Compare(Panel):
         self.banks = {s.name: extract(s.encoder, self.data, self.ids, device, cache=cache) for s in self.sources}
         self.names, self.patient = list(self.banks), self.data.table.patient.to_numpy(str)[self.ids]
         self.maps = {n: pca_map(b.pooled, seed=seed) for n, b in self.banks.items()}
-        self.kept, self.chosen, self.at = {}, np.array([], int), None
+        self.kept, self.chosen, self.linked, self.at = {}, np.array([], int), None, None
         self.by = pair_name(*self.names[:2])
         if self.live: self._parts()  # before the figure, whose five megabytes keep a browser from answering in time
         self.figure = self._figure()
@@ -102,7 +102,7 @@ def _figure(self:Compare):
     import plotly.graph_objects as go
     live = go.FigureWidget(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
     for k in range(len(self.names)):
-        live.data[2 * k].on_selection(lambda trace, points, _: points.point_inds and self.select(points.point_inds))
+        live.data[2 * k].on_selection(lambda trace, points, _: self.select(points.point_inds) if points.point_inds else self._relink())
         live.data[2 * k].on_click(lambda trace, points, _: points.point_inds and self.point(points.point_inds[0]))
     return live
 
@@ -124,10 +124,17 @@ def select(self:Compare, points) -> np.ndarray:
         self.said = f"{len(points):,} of {len(self.ids):,} pictures, {groups}. {self.by}: {counted(self.values()[points])}." if len(points) else \
             "Nothing is selected: draw around some points of any map."
         if self.box is not None: self._draw_selection()
+        self.linked = points if len(points) else None
         unlassoed(self.figure)
-        with self._change():
-            for k in range(len(self.names)): self.figure.data[2 * k].selectedpoints = points if len(points) else None
+        self._relink()
         return self.chosen
+
+
+@patch
+def _relink(self:Compare):
+    "Choose once more what is chosen, on all maps; see `Explore`."
+    with self._change():
+        for k in range(len(self.names)): self.figure.data[2 * k].selectedpoints = self.linked
 
 
 @patch

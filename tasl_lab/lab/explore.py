@@ -164,6 +164,7 @@ class Explore(Panel):
         self.data, self.seed, self.cache, self.device, self.wish = session.data if data is None else data, seed, cache, device, level
         every = self.data.ids() if ids is None else np.asarray(ids)
         self.ids, self.jobs, self.threads, self.last, self.closer = every[some_rows(len(every), most, seed)], {}, [], 0., None
+        self.linked = {}  # what is chosen, by trace
         self.sampled, self.outline = said_of(len(self.ids), len(every)), outline_of(self.data)
         self.by = known_of(self.data)[0] if known_of(self.data) else "patient"
         self.offers = offered(session) if session else {s.name: s for s in sources_of(what, self.data)}
@@ -228,7 +229,7 @@ def _figure(self:Explore):
     import plotly.graph_objects as go
     live = go.FigureWidget(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
     for i, panel in enumerate(PANELS):
-        live.data[2 * i].on_selection(lambda trace, points, _, p=panel: points.point_inds and self.select(p, points.point_inds))
+        live.data[2 * i].on_selection(lambda trace, points, _, p=panel: self.select(p, points.point_inds) if points.point_inds else self._relink())
         live.data[2 * i].on_hover(lambda trace, points, _, p=panel: self._hovered(p, points.point_inds))
         live.data[2 * i].on_click(lambda trace, points, _, p=panel: points.point_inds and self.point(p, points.point_inds[0]))
     return live
@@ -271,9 +272,16 @@ def _link(self:Explore, panel, points):
     other = next(p for p in PANELS if p != panel)
     rows = self.maps[other].rows
     there = np.flatnonzero(np.isin(self.ids[rows if other == "pictures" else self.patches.picture[rows]], self.chosen))
+    self.linked = {2 * PANELS.index(k): chosen if len(points) else None for k, chosen in ((panel, points), (other, there))}
     unlassoed(self.figure)
+    self._relink()
+
+
+@patch
+def _relink(self:Explore):
+    "Choose once more what is chosen: the page answers the end of a lasso with an empty selection, which would pale all points."
     with self._change():
-        for k, chosen in ((panel, points), (other, there)): self.figure.data[2 * PANELS.index(k)].selectedpoints = chosen if len(points) else None
+        for k, chosen in self.linked.items(): self.figure.data[k].selectedpoints = chosen
 
 
 @patch
