@@ -22,3 +22,11 @@ def extra_data():
         if not path.exists(): pytest.skip(f"needs the data set '{name}', which the repository does not carry: set TASL_DATA to the folder that holds it")
         return path
     return folder
+
+
+@pytest.fixture
+def shots(tmp_path) -> Path:
+    "Where screenshots go: $TASL_SHOTS, or a folder that is thrown away."
+    folder = Path(os.environ.get("TASL_SHOTS", tmp_path / "shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -38,14 +38,6 @@ def lesson(root: Path, folder: Path) -> int:
     return 2
 
 
-@pytest.fixture
-def shots(tmp_path) -> Path:
-    "Where screenshots go: $TASL_SHOTS, or a folder that is thrown away."
-    folder = Path(os.environ.get("TASL_SHOTS", tmp_path / "shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def shown(nb, pattern: str, seconds: float) -> re.Match:
     "Wait until a status of the Lab says so."
     end, text = time.monotonic() + seconds * PATIENCE, []

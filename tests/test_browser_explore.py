@@ -1,6 +1,5 @@
 """Explore, its viewers and Compare in a real JupyterLab: lasso, click, paint, switch encoders, both themes, no error in the console."""
 import json
-import os
 import time
 from pathlib import Path
 
@@ -42,14 +41,6 @@ compare
 """, """
 print(json.dumps({'chosen': len(compare.chosen), 'linked': [len(list(compare.figure.data[2 * k].selectedpoints)) for k in (0, 1)]}))
 """]
-
-
-@pytest.fixture
-def shots(tmp_path) -> Path:
-    "Where screenshots go: $TASL_SHOTS, or a folder that is thrown away."
-    folder = Path(os.environ.get("TASL_SHOTS", tmp_path / "shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def written(folder: Path, cells) -> None:

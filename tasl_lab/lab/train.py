@@ -65,7 +65,7 @@ def queue_table(session: Session) -> str:
                      *(last.get(t, "") for t in session.tasks)])
     heads = ["objective", "encoder", "status", "step", "loss", *session.tasks]
     body = "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows)
-    return f"<table aria-label='Runs of this session'><tr>{''.join(f'<th>{escape(h)}</th>' for h in heads)}</tr>{body}</table>"
+    return f"<table aria-label='Runs of the Lab'><tr>{''.join(f'<th>{escape(h)}</th>' for h in heads)}</tr>{body}</table>"
 
 # %% ../../nbs/09_lab/03_train.ipynb #eb838b83
 class Train(Panel):
