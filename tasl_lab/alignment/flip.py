@@ -18,13 +18,13 @@ from .intervals import MARGINS, holm
 from .matrix import MatrixConfig, Results, decoded_factors, run_matrix
 from ..config import Config
 from ..core import fingerprint, require
-from ..data.phantom import phantom
+from ..data.sources import load
 from ..training import execute
 
 # %% ../../nbs/07_alignment/12_flip.ipynb #2d18f9e5
 class FlipConfig(Config):
     "What is compared, on which kinds of phantoms, how often."
-    presets: "list[str]" = Field(["texture"], description="kinds of phantoms")
+    presets: "list[str]" = Field(["texture"], description="kinds of phantoms, or `brain`")
     replicates: int = Field(5, ge=2, description="each with phantoms and seeds of its own")
     first: int = Field(0, ge=0, description="seed of the first replicate; phantoms take the same")
     a: str = Field("simclr", description="the objective that is expected to lead on `globally`")
@@ -72,9 +72,9 @@ def work(
     item,  # (preset, seed)
     out,   # folder of the item
 ) -> None:
-    "One replicate: its phantoms, its matrix, and the values that are compared."
+    "One replicate: its pictures, its matrix, and the values that are compared."
     preset, seed = item
-    data = phantom(config.pictures, config.size, preset=preset, seed=seed)
+    data = load(preset if preset == "brain" else f"phantom:{preset}", config.size, seed, config.pictures)
     results = Results(run_matrix(config.matrix(seed), data, out, verbose=False))
     read = decoded_factors(results)[["arm", "features", "factor", "metric", "value"]].drop_duplicates()
     read.assign(preset=preset, seed=seed).to_parquet(Path(out) / _file(config, "factors"), index=False)
