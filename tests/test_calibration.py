@@ -135,10 +135,9 @@ def test_gaussian_intervals_are_calibrated(whole):
 
 @pytest.mark.full
 def test_the_interval_that_is_shown_is_calibrated(whole):
-    "Of bounded metrics the cautious bound on the logit scale. It fails where few patients differ much in their number of pictures, which is said in the docs."
+    "Of bounded metrics the cautious bound on the logit scale."
     shown = whole["covered by bound, logit"].fillna(whole.covered)
-    few = (whole.world == "dice, unequal") & (whole.groups == 20)
-    assert shown[~few].min() >= .92 - luck(.92, 2000) and .93 <= shown.mean() <= .97 and shown[few].min() > .85
+    assert shown.min() >= .92 - luck(.92, 2000) and .93 <= shown.mean() <= .97
     assert whole[whole.world != "gaussian"].covered.min() < .9     # what it mends
 
 

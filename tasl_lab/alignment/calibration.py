@@ -20,7 +20,7 @@ from scipy import special, stats
 
 from .intervals import crossed_bounds, half_width, logit_bounds, pseudo_values
 from ..core import require, rng
-from ..tasks.scores import auprc, auroc, ratio
+from ..tasks.scores import auprc, auroc
 
 # %% ../../nbs/07_alignment/00b_calibration.ipynb #6c5cba6e
 def effects(
@@ -134,11 +134,9 @@ def dice_cells(e, g) -> np.ndarray:
 
 
 def unequal_cells(e, g) -> np.ndarray:
-    "Pseudo-values (n, S, G) of the mean Dice over all pictures, of which hard patients have more."
+    "Mean Dice of one to ten pictures of a group, (n, S, G), of which hard patients have more."
     size = g.choice(UNEQUAL[0], (len(e), 1, e.shape[2]), p=UNEQUAL[1])
-    total = sum((size > k) * dice_of(EASE + STRETCH * e - BURDEN * size, g) for k in range(max(UNEQUAL[0])))   # (n, S, G)
-    mean = lambda keep: ratio(total @ keep.T.astype(float), size @ keep.T.astype(float)).transpose(2, 0, 1)    # (R, n, S)
-    return np.moveaxis(pseudo_values(mean, e.shape[2], vectorised=True, recenter=True), 0, -1)
+    return sum((size > k) * dice_of(EASE + STRETCH * e - BURDEN * size, g) for k in range(max(UNEQUAL[0]))) / size
 
 
 def draw_cells(e, g) -> np.ndarray:
@@ -157,9 +155,9 @@ def dice_truth(seed_sd: float, group_sd: float, more: float = 0., ease: float = 
 
 
 def unequal_truth(seed_sd: float, group_sd: float) -> float:
-    "Mean Dice over pictures, of which hard patients have more."
-    size, share = map(np.array, UNEQUAL)
-    return float(np.average([dice_truth(seed_sd, group_sd, ease=EASE - BURDEN * k) for k in size], weights=size * share))
+    "Mean Dice over patients, of whom the hard ones have more pictures."
+    size, share = UNEQUAL
+    return float(np.average([dice_truth(seed_sd, group_sd, ease=EASE - BURDEN * k) for k in size], weights=share))
 
 # %% ../../nbs/07_alignment/00b_calibration.ipynb #2459c12a
 class World(NamedTuple):

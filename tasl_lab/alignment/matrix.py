@@ -101,7 +101,7 @@ def fit_to(
 CONTROLS = ("random", "supervised", "ceiling")
 AGAIN = " again"       # after the name of the first objective: its second training
 TUNED = ", fine-tuned"  # after the name of an objective: not frozen
-SCHEMA = 4  # raised when a change of probes or fine-tuning alters results
+SCHEMA = 5  # raised when a change of probes or fine-tuning alters results
 
 
 def arm_of(

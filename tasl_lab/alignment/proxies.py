@@ -505,16 +505,21 @@ def _linear_value(bank, data, task, train, test, seed):
     return lambda weight: nanmean(auroc_per_class(raw, weight), 1)
 
 
+def _patients(data, ids):
+    "Number of the patient of each picture."
+    return np.unique(data.table.patient.to_numpy(str)[ids], return_inverse=True)[1]
+
+
 def _patch_vote_value(bank, data, task, train, test, seed):
     "Dice of the vote of patches, with half of the prior."
     task.require_classes(data, train)
-    raw = task.beside(bank, data, train, np.zeros(0, int), test, seed)
+    raw = task.beside(bank, data, train, np.zeros(0, int), test, seed) | {"patient": _patients(data, test)}
     return lambda weight: nanmean(mean_per_class(raw, weight, "knn_dice"), 1)
 
 
 def _dense_value(bank, data, task, train, test, seed):
     "Dice of the dense linear probe."
-    raw = dict(dice=dense_probe(bank, data, task.target, train, test, seed))
+    raw = dict(dice=dense_probe(bank, data, task.target, train, test, seed), patient=_patients(data, test))
     return lambda weight: nanmean(mean_per_class(raw, weight), 1)
 
 

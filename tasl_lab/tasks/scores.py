@@ -114,11 +114,23 @@ def ece(raw, weight, key="prob"):  # (R, 1), or (R, K) with several labels
     return np.stack([calibration_error(q, t, weight) for q, t in zip(p.T, y.astype(bool).T)], 1)
 
 # %% ../../nbs/06_tasks/01_scores.ipynb #7b2f4328
+def _shares(weight, there, patient):
+    "Weight (R, n) of each picture in the vote of its patient, from those of the pictures (R, n); `there`, `patient`: (n,)."
+    order = np.argsort(patient, kind="stable")
+    start = _ties(patient[order])
+    pictures = np.add.reduceat(((weight > 0) & there)[:, order], start, axis=1, dtype=int)       # (R, patients)
+    named = np.cumsum(np.r_[0, np.diff(patient[order]) != 0])
+    counted = np.empty_like(pictures, shape=weight.shape)
+    counted[:, order] = pictures[:, named]
+    return weight * there / np.maximum(counted, 1)
+
+
 def mean_per_class(raw, weight, key="dice"):  # (R, K)
-    "Weighted mean over the pictures where the value is defined."
+    "Weighted mean over patients of the mean over their pictures where the value is defined; without `patient` (n,) in `raw` each picture is a patient."
     x = raw[key]
-    there = ~np.isnan(x)
-    return ratio(weight @ np.where(there, x, 0), weight @ there)
+    there, patient = ~np.isnan(x), raw.get("patient", np.arange(len(x)))
+    votes = [_shares(weight, t, patient) for t in there.T]
+    return np.stack([ratio(v @ np.where(t, values, 0), v.sum(1)) for v, t, values in zip(votes, there.T, x.T)], 1)
 
 # %% ../../nbs/06_tasks/01_scores.ipynb #071ba86c
 def _last(x):
@@ -276,7 +288,8 @@ def per_class(self:Scores,
     require(metric in self.metrics, f"metric {metric!r} is not known for {self.task}: use one of {', '.join(self.metrics)}")
     found = kind_of(self.kind).metrics[metric]
     step = max(1, 4_000_000 // max(len(self.ids), len(self.raw.get("score", ()))))
-    return np.concatenate([found.value(self.raw, weight[i:i + step], found.key) for i in range(0, len(weight), step)])
+    raw = self.raw | {"patient": np.unique(self.groups, return_inverse=True)[1]}
+    return np.concatenate([found.value(raw, weight[i:i + step], found.key) for i in range(0, len(weight), step)])
 
 # %% ../../nbs/06_tasks/01_scores.ipynb #6b2c83de
 def _as_weight(keep, weight, n):
