@@ -221,6 +221,9 @@ def build_plain(root: Path, out: Path) -> None:
             (out / page.href).write_text(text, encoding="utf-8")
             print(f"{page.href}" + (f"  (shown as it is, nbdev could not process it: {problem})" if problem else ""), flush=True)
     style = HtmlFormatter(style="default").get_style_defs(".highlight")
+    for picture in sorted(nbs.rglob("images/*.png")):
+        (out / picture.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, out / picture.relative_to(nbs))
     own = nbs / "styles.css"
     (out / "styles.css").write_text(f"{CSS}{style}\n{own.read_text(encoding='utf-8') if own.exists() else ''}", encoding="utf-8")
 

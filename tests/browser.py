@@ -10,7 +10,10 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+
+from PIL import Image
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--enable-unsafe-swiftshader"]
@@ -120,3 +123,21 @@ def notebook(server_address: str, name: str, size=(1280, 720), patience: float =
             page = browser.new_page(viewport={"width": size[0], "height": size[1]})
             yield Notebook(page, server_address, name, patience)
         finally: browser.close()
+
+
+def snap(page, path: Path, of=None, most: int = 120_000) -> Path:
+    "A screenshot with a palette, of the page or of what is seen of an element, so small that it can lie in the repository."
+    clip, seen = None, page.viewport_size
+    if of is not None:
+        box = of.bounding_box()
+        left, top = max(box["x"] - 8, 0), max(box["y"] - 4, 0)
+        foot = page.locator("#jp-bottom-panel").bounding_box()
+        low = min(box["y"] + box["height"] + 8, foot["y"] - 8 if foot else seen["height"])
+        clip = dict(x=left, y=top, width=min(box["x"] + box["width"] + 2, seen["width"]) - left, height=low - top)
+    picture = Image.open(BytesIO(page.screenshot(clip=clip) if clip else page.screenshot())).convert("RGB")
+    for colours in (240, 128, 64, 32):
+        data = BytesIO()
+        picture.quantize(colours, Image.Quantize.FASTOCTREE, kmeans=1, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)  # rare colours stay
+        if data.tell() < most: break
+    path.write_bytes(data.getvalue())
+    return path

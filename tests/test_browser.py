@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import chromium, notebook, server
+from browser import chromium, notebook, server, snap
 
 PATIENCE = float(os.environ.get("TASL_PATIENCE", "1"))  # as in tiers.py: every wait, and the second that a stop may take, times this
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * PATIENCE)]
@@ -73,7 +73,7 @@ def test_choose_train_stop_resume(root, tmp_path, shots):
         pictures = time.monotonic() - began
         nb.idle()
         page.evaluate("() => document.querySelector('.tasl').scrollIntoView()")
-        page.screenshot(path=shots / "choose_light.png")
+        snap(page, shots / "choose_light.png")
         page.locator(".tasl .widget-select select").select_option(label="SparK")
         shown(nb, "objective spark", 30)
 
@@ -81,7 +81,7 @@ def test_choose_train_stop_resume(root, tmp_path, shots):
         press(nb, "Audit")
         page.wait_for_selector("table[aria-label='Findings of the audit'], .tasl p:has-text('No finding')", timeout=60_000 * PATIENCE)
         page.wait_for_selector(".tasl img[aria-label^='Rows: picture']", timeout=60_000 * PATIENCE)
-        page.screenshot(path=shots / "audit_light.png")
+        snap(page, shots / "audit_light.png")
 
         tab(nb, "Train", ".tasl svg[role=img]")
         press(nb, "Train")
@@ -103,7 +103,7 @@ def test_choose_train_stop_resume(root, tmp_path, shots):
         press(nb, "Resume")
         shown(nb, r"finished, step (\d+) of \1", 240)
         page.evaluate("() => document.querySelector('.tasl').scrollIntoView()")
-        page.screenshot(path=shots / "train_light.png")
+        snap(page, shots / "train_light.png")
         nb.run(cell + 3)
         while not nb.output(cell + 3): page.wait_for_timeout(200)
         found = json.loads(nb.output(cell + 3))
@@ -112,8 +112,8 @@ def test_choose_train_stop_resume(root, tmp_path, shots):
 
         nb.theme("JupyterLab Dark")
         page.evaluate("() => document.querySelector('.tasl').scrollIntoView()")
-        page.screenshot(path=shots / "train_dark.png")
+        snap(page, shots / "train_dark.png")
         tab(nb, "Choose", ".tasl .widget-select select")
-        page.screenshot(path=shots / "choose_dark.png")
+        snap(page, shots / "choose_dark.png")
         print(f"first controls {first:.1f} s, first views {pictures:.1f} s, stop {stopped:.2f} s in the browser, {found['latency']:.2f} s in the kernel")
         assert not nb.errors, nb.errors

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import chromium, notebook, server
+from browser import chromium, notebook, server, snap
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -109,7 +109,7 @@ def both_themes(nb, shots, name, where):
         nb.theme(f"JupyterLab {theme}")
         where()
         nb.page.wait_for_timeout(1200)
-        nb.page.screenshot(path=shots / f"{name}_{theme.lower()}.png")
+        snap(nb.page, shots / f"{name}_{theme.lower()}.png")
     nb.theme("JupyterLab Light")
 
 

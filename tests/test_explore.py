@@ -15,8 +15,9 @@ from tasl_lab.encoders import make_encoder
 from tasl_lab.figures.embedding import embedding_maps, look_of, mark, remap, repaint
 from tasl_lab.lab.canvas import PictureCanvas
 from tasl_lab.lab.compare import Compare, who_is_right
-from tasl_lab.lab.explore import Explore
-from tasl_lab.lab.viewers import Paint, PatchViewer
+from tasl_lab.lab.explore import Explore, thumbnails
+from tasl_lab.lab.extras import large_map, volume_view
+from tasl_lab.lab.viewers import Paint, PatchViewer, Segmented
 
 
 def elsewhere(act):
@@ -159,12 +160,18 @@ def test_volumes(tmp_path):
     assert panel.patches.place.shape[1] == 3 and len(panel.select("patches", range(30))) > 0 and panel.sheet.count > 0
     panel.point("patches", 2)
     assert panel.big.count == 1
+    before, where = bytes(panel.big.sheet), panel.where
+    panel.controls["slice"].value = 0
+    first = np.asarray(volumes.images[panel.at])[0, 0]
+    assert bytes(panel.big.sheet) != before and panel.where == where == ("patches", int(panel.maps["patches"].rows[2]))
+    assert (thumbnails(volumes, [panel.at], None, 16, share=.5 / 16)[0][..., 0] == first).all(), "the first slice"
     panel.close()
     view = PatchViewer(cnn, volumes, ids=[2, 3])
     view.ask(0, 5, 9)
     assert len(view.tiles()[0]["cnn-tiny"][0]) == 2
     painted = Paint(cnn, volumes, ids=[2], labels=8)
-    painted.tool = "erase"
+    painted.share, painted.tool = 2.5 / 16, "erase"
+    assert painted.deep == [2]
     assert (painted.stroke([(2, 2)]).distance > 0).all() and painted.drawn.ndim == 3
 
 
@@ -210,3 +217,43 @@ def test_what_is_refused(data, encoder):
     with pytest.raises(InputError, match="nothing to be compared with"): Compare(encoder, data)
     with pytest.raises(InputError, match="have no 'mood'"): colour_of(data, [0], "mood")
     with pytest.raises(InputError, match="holds no maps"): patches_of(type("Bank", (), {"maps": []})())
+
+
+def test_segmentations_beside_the_truth(data, encoder, vit):
+    panel = Segmented({"cnn": encoder, "vit": vit}, data, live=True, labels=24, target="tissue")
+    panel.show()
+    assert [panel.canvases[n].count for n in ("true mask", "cnn", "vit")] == [len(panel.ids)] * 3
+    masks, dice, _ = panel.predicted(panel.sources[1])
+    i = int(panel.ids[0])
+    planes = [np.stack([m == c for c in range(1, len(data.info.classes["tissue"]))]) for m in (masks[i], data.masks["tissue"][i])]
+    both, either = (planes[0] & planes[1]).sum((1, 2)), planes[0].sum((1, 2)) + planes[1].sum((1, 2))
+    assert np.isclose(dice[i], np.mean(2 * both[either > 0] / either[either > 0])) and f"Dice {dice[i]:.2f}" in panel.canvases["vit"].captions[0]
+    elsewhere(lambda: setattr(panel.strip, "clicked", {"index": 1, "y": 0, "x": 0, "n": 1}))
+    assert f"picture {panel.ids[1]}" in panel.words.value
+    panel.close()
+
+
+def test_extras_with_the_real_libraries(tmp_path):
+    pytest.importorskip("jscatter", reason="jupyter-scatter is an extra")
+    chosen, g = [], np.random.default_rng(0)
+    widget = large_map(g.standard_normal((60_000, 2)), g.integers(0, 3, 60_000).astype(str), "kind", chosen.append)
+    elsewhere(lambda: setattr(widget, "selection", np.array([3, 59_999])))
+    assert chosen[-1].tolist() == [3, 59_999]
+    pytest.importorskip("ipyniivue", reason="ipyniivue is an extra")
+    view = volume_view(waves(4, (8, 8, 8)), 1, "spot", tmp_path)
+    assert len(view.volumes) == 2 and len(list(tmp_path.glob("*.nii.gz"))) == 2
+
+
+def test_a_map_of_more_points_than_plotly_draws(encoder, monkeypatch):
+    import tasl_lab.lab.extras as extras
+    handed = []
+    monkeypatch.setattr(extras, "large_map", lambda xy, values, name, select: handed.append((xy, values, name, select)))
+    panel = Explore(encoder, waves(40, (16, 16)), live=True)
+    panel.show()
+    panel.maps["pictures"].rows, panel.maps["pictures"].xy = panel.maps["pictures"].rows[::2], panel.maps["pictures"].xy[::2]
+    panel.all_points()
+    xy, values, _, select = handed[0]
+    assert len(xy) == len(values) == 40
+    elsewhere(lambda: select([4, 5]))
+    assert panel.chosen.tolist() == [4, 5] and panel.linked[0].tolist() == [2], "of the two only the fourth is on the figure"
+    panel.close()

@@ -121,13 +121,34 @@ while True:
 """
 
 
+def test_the_supervised_baseline_waits_stops_and_is_measured_once(data, tmp_path, monkeypatch):
+    session = Session(data, tmp_path, "cpu", tasks=("classification:class",), labels=24, supervised=40)
+    asked = []
+    monkeypatch.setattr(Session, "_from_scratch", lambda self, job, task, real=Session._from_scratch: asked.append(task) or real(self, job, task))
+    job = session.baseline()
+    until(lambda: asked)
+    session.stop(job)
+    assert session.wait(job, 240) and job.status == "stopped" and "supervised" not in session.baselines, told(job)
+    assert not (tmp_path / "supervised.json").exists(), "it was stopped on the way"
+    session.resume(job)
+    assert session.wait(job, 240) and job.status == "finished" and 0 < session.baselines["supervised"]["classification:class"] <= 1, told(job)
+    later = Session(data, tmp_path, "cpu", tasks=("classification:class",), labels=24, supervised=40)
+    assert later.wait(later.baseline(), 60) and later.baselines == session.baselines and len(asked) == 2, "kept in the folder, not measured again"
+
+
+def test_one_rule_for_the_two_tasks(data):
+    from tasl_lab.alignment.matrix import default_tasks
+    from tasl_lab.lab.session import two_tasks
+    assert list(two_tasks(data)) == default_tasks(data)[:2] == ["classification:class", "segmentation:tissue"]
+
+
 @pytest.mark.slow
 def test_a_killed_kernel_leaves_a_run_that_can_go_on(data, tmp_path):
     c = config(steps=400)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), c.model_dump_json()], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), c.model_dump_json()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "far enough" in process.stdout.readline()
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert "External init callback" not in process.communicate()[1], "torch's profiler is not entered from the training thread"
     session = Session(data, tmp_path, "cpu", tasks=(), every=3)
     job, = session.jobs
     at = job.step

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from tasl_lab.batch.report import SECTIONS, summary, synthetic_results, write_report
+from tasl_lab.batch.report import SECTIONS, bibtex, methods, objectives_in, summary, synthetic_results, write_report, write_summary
 from tasl_lab.core import InputError
 from tasl_lab.figures import matrix, style
 
@@ -31,7 +31,9 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def results(): return synthetic_results()
+def results():
+    made = synthetic_results()
+    return made | {"methods": methods(made), "bibtex": bibtex(objectives_in(["simclr", "spark"]))}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,13 @@ def test_every_section_is_there_and_linked(text):
 def test_figures_and_pictures_have_words(text):
     page = Page(text)
     plots = [a for a in page.named("div") if a.get("class") == "plot"]
-    assert len(plots) == 10 and all(len(a["aria-label"]) > 30 and a["data-figure"] in page.ids for a in plots)
+    assert len(plots) == 11 and all(len(a["aria-label"]) > 30 and a["data-figure"] in page.ids for a in plots)
     assert all(a["alt"] for a in page.named("img"))
     assert len(page.named("figure")) == len(page.named("figcaption")) == len(plots) + len(page.named("img"))
     assert all(a["scope"] in ("col", "row") for a in page.named("th"))
 
 
-PARTS = ["cells", "factors", "comparisons", "history", "embedding", "attention", "reconstructions", "data", "runs"]
+PARTS = ["cells", "factors", "comparisons", "history", "embedding", "attention", "reconstructions", "data", "runs", "gate"]
 
 
 @pytest.mark.parametrize("missing", PARTS)
@@ -123,6 +125,48 @@ def test_one_arm_one_task_without_supervised(results, tmp_path):
     assert len([a for a in page.named("div") if a.get("class") == "plot"]) == 2
 
 
+def test_pictures_can_be_left_out(results, tmp_path):
+    "No picture of the data, and everything else as before."
+    page = Page(write_report(results, tmp_path / "r.html", show=False).read_text())
+    assert page.named("img") == [] and len([a for a in page.named("div") if a.get("class") == "plot"]) == 11
+    assert {"summary", *SECTIONS} - page.ids == {"attention", "reconstructions"} and results["data"][0]["samples"] is not None
+
+
+def test_words_for_a_paper_hold_what_the_tables_say(results):
+    said = methods(results)
+    parts = ("SimCLR (arXiv:2002.05709)", "100 steps of 128 pictures", "3 random seeds", "64 and 1,024 labelled pictures", "brain and phantom")
+    assert [part for part in parts if part not in said] == []
+    entries = bibtex(["simclr"])
+    assert "@misc{simclr2020," in entries and "eprint = {2002.05709}" in entries and entries.count("{") == entries.count("}")
+
+
+def test_summary_for_machines(results, tmp_path):
+    import json
+    told = json.loads(write_summary(results, tmp_path / "s.json").read_text())
+    assert len(told["cells"]) == len(results["cells"]) and {r["seconds per run (s)"] for r in told["budget"]} == {11.}
+    assert told["gate"]["phantom"]["savings"][2]["pictures"] == .45 and told["methods"] == results["methods"] and "samples" not in told["data"][0]
+
+
+def test_command_reads_folders(tmp_path):
+    "Runs are found, a matrix's record too; what is not there is told."
+    import json
+
+    from test_cli import call, refused
+    from test_runs import folder
+    folder(tmp_path / "runs" / "a")
+    folder(tmp_path / "runs" / "b", "stopped", objective="byol")
+    for state in ("a", "b"):
+        table = pd.read_parquet(tmp_path / "runs" / state / "metrics.parquet")
+        table.assign(pictures=table.step * 16, seconds=table.step * .5).to_parquet(tmp_path / "runs" / state / "metrics.parquet")
+    told = json.loads(call("report", tmp_path / "runs", "--out", tmp_path / "page.html", "--json").stdout)
+    assert told["sections"] == ["history", "budget", "paper", "again"] and "SimCLR" in (tmp_path / "page.html").read_text()
+    assert {r["arm"] for r in json.loads((tmp_path / "page.json").read_text())["budget"]} == {"simclr", "byol"}
+    (tmp_path / "empty").mkdir()
+    refused("report", tmp_path / "empty", "--out", tmp_path / "no.html", says="holds no run")
+    refused("report", tmp_path / "nothing", says="no such folder")
+    refused("report", tmp_path / "runs", "--out", tmp_path / "page.pdf", says=".html")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(style.browser_path() is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 1600])
@@ -137,7 +181,7 @@ def test_page_in_a_browser(results, width, tmp_path):
         page.on("pageerror", lambda e: said.append(str(e)))
         page.on("request", lambda q: asked.append(q.url))
         page.goto(out.as_uri())
-        page.wait_for_selector("html[data-drawn='10']")
+        page.wait_for_selector("html[data-drawn='11']")
         assert said == [] and [u for u in asked if not u.startswith(("data:", "blob:"))] == [out.as_uri()]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         found = page.evaluate(OVERLAPS)

@@ -462,3 +462,25 @@ def load(cls:ImageSet, folder) -> ImageSet:
     except InputError as e: raise InputError(f"{folder}: arrays.npz, table.csv and info.json do not fit together ({e}): save the set again") from e
     require(stored in (None, found.sha256), f"{folder}: contents do not match the sha256 in info.json: the files were changed, make the set again")
     return found
+
+# %% ../../nbs/01_data/00_imageset.ipynb #fa85c544
+@patch(cls_method=True)
+def from_folder(cls:ImageSet,
+    path,       # a folder, or a COCO file
+    size=None,  # pixels per axis: one number or ([z,] y, x)
+    **options,  # of `tasl_lab.data.folders.from_folder`
+) -> ImageSet:
+    "The pictures, slices or volumes below a folder; `InputError` names what cannot be used."
+    from tasl_lab.data.folders import from_folder
+    return from_folder(path, size, **options)
+
+
+@patch(cls_method=True)
+def from_manifest(cls:ImageSet,
+    file,       # a table with one row per picture: .csv, .tsv or .parquet
+    size=None,  # pixels per axis: one number or ([z,] y, x)
+    **options,  # of `tasl_lab.data.folders.from_manifest`
+) -> ImageSet:
+    "The pictures that a table lists, with what its columns say; `InputError` names row and column."
+    from tasl_lab.data.folders import from_manifest
+    return from_manifest(file, size, **options)

@@ -31,8 +31,19 @@ def _phantom(n, size, preset, seed, unseen):
     return own.with_external(phantom(-(-n // 6), size, preset=preset, seed=seed + 500_000, sites=(UNSEEN,))) if unseen else own
 
 
+def _check_path(name):
+    "A name that is no source must be an existing path."
+    near = get_close_matches(str(name), ["brain", "phantom", *(f"phantom:{p}" for p in PRESETS)], 1)
+    remedy = f"did you mean {near[0]!r}?" if near else "use brain, phantom, phantom:PRESET, folder:PATH, manifest:PATH, or the path of a folder"
+    require(Path(name).exists(), f"source {str(name)!r} is neither a known name nor an existing path: {remedy}")
+
+
+_DOORS = {"folder": lambda path, size, errors: ImageSet.from_folder(path, size, errors=errors, cut="axial"),
+          "manifest": lambda path, size, errors: ImageSet.from_manifest(path, size, errors=errors, cut="axial")}
+
+
 def load(
-    name,           # "brain", "phantom", "phantom:PRESET", or a folder or COCO file
+    name,           # "brain", "phantom", "phantom:PRESET", "folder:PATH", "manifest:PATH", or a folder or COCO file
     size=64,        # height and width in pixels; a folder may also get (h, w), a saved set keeps its own
     seed=0,         # of what is computed, and of the choice of `n` pictures from a folder
     n=None,         # pictures; 1,800 where they are computed, all of a folder by default
@@ -43,10 +54,8 @@ def load(
     source, _, preset = str(name).partition(":")
     if source == "brain" and not preset: return brain(1800 if n is None else n, size, seed)
     if source == "phantom": return _phantom(1800 if n is None else n, size, preset or "texture", seed, unseen)
-    near = get_close_matches(str(name), ["brain", "phantom", *(f"phantom:{p}" for p in PRESETS)], 1)
-    remedy = f"did you mean {near[0]!r}?" if near else "use brain, phantom, phantom:PRESET, or the path of a folder"
-    require(Path(name).exists(), f"source {str(name)!r} is neither a known name nor an existing path: {remedy}")
-    found = _from_path(Path(name), size, errors)
+    if source not in _DOORS: _check_path(name)
+    found = _DOORS[source](preset, size, errors) if source in _DOORS else _from_path(Path(name), size, errors)
     if n is None or n >= len(found): return found
     require(n >= 1, f"source {str(name)!r}: n = {n} pictures; ask for at least 1")
     return found.subset(sorted(rng("load", seed).permutation(len(found))[:n]))

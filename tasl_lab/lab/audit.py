@@ -38,7 +38,7 @@ def strip_of(found):
     from tasl_lab.figures.audit import audit_strip
     rows = found.strip(4, 1)
     words = f"Rows: {', '.join(r['label'] for r in rows)}; the finding is outlined, hidden cells are striped."
-    return audit_strip(rows, max(1, 96 // rows[0]["images"].shape[-1])), words
+    return audit_strip(rows, max(1, 144 // rows[0]["images"].shape[-1])), words
 
 # %% ../../nbs/09_lab/02b_audit.ipynb #94914dd3
 class Audit(Panel):

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..config import PretrainConfig
 from ..core import InputError
+from .canvas import slice_at, slicer
 from .session import MAKING, Panel, Session, pictured, said
 from ..objectives.cards import ALIASES, CARDS, PARADIGMS, parse_spec
 from ..policies import POLICIES, amendments
@@ -165,26 +166,32 @@ def _hatched(image, hidden):
     return np.where(hidden, np.where(at % 4 == 0, 96, 44), image).astype(np.uint8)
 
 
-def seen_sheet(
-    seen: "Seen",
-    height: int = 128,  # px of a picture
-):
-    "The draws of one view beside each other, annotation outlined, hidden cells crossed (PIL image)."
-    from tasl_lab.figures.pictures import annotate
-    scale = max(1, height // seen.images.shape[-2])
-    tiles = [annotate(_hatched(x, h), m if m.any() else None, None, scale) for x, m, h in zip(seen.images, seen.masks, seen.hidden)]
+def _beside(tiles):
+    "PIL images in a row."
     from PIL import Image
     sheet = Image.new("RGB", (sum(t.width + 4 for t in tiles) - 4, max(t.height for t in tiles)), (128, 128, 128))
-    for k, t in enumerate(tiles): sheet.paste(t, (k * (t.width + 4), 0))
+    for k, t in enumerate(tiles): sheet.paste(t, (sum(u.width + 4 for u in tiles[:k]), 0))
     return sheet
 
 
-def views_page(seen: list, name: str) -> str:
+def seen_sheet(
+    seen: "Seen",
+    height: int = 128,  # px of a picture
+    share: float = .5,  # of the depth of a volume, where its slice lies
+):
+    "The draws of one view beside each other, annotation outlined, hidden cells crossed (PIL image)."
+    from tasl_lab.figures.pictures import annotate
+    scale, dims = max(1, height // seen.images.shape[-2]), seen.masks.ndim - 1
+    x, m, h = (slice_at(a, dims, share) for a in (seen.images, seen.masks, seen.hidden))
+    return _beside([annotate(_hatched(a, c), b if b.any() else None, None, scale) for a, b, c in zip(x, m, h)])
+
+
+def views_page(seen: list, name: str, share: float = .5) -> str:
     "All views as HTML, each with its badge."
     parts = []
     for k, s in enumerate(seen, 1):
         sign, told = badge(s.left, name)
-        image = pictured(seen_sheet(s), f"View {k}, {len(s.images)} draws: {told}")
+        image = pictured(seen_sheet(s, share=share), f"View {k}, {len(s.images)} draws: {told}")
         parts.append(f"<figure>{image}<figcaption><span class=tasl-badge>{sign}</span>View {k}: {escape(told)}</figcaption></figure>")
     return "".join(parts)
 
@@ -205,7 +212,7 @@ class Choose(Panel):
         session = data if isinstance(data, Session) else Session.of(data, **options)
         super().__init__(session, live)
         if config is not None: session.config = config
-        session.task, self.quiet, self.wish, self.maker = task or session.task, False, 0, None
+        session.task, self.quiet, self.wish, self.maker, self.share, self.made = task or session.task, False, 0, None, .5, []
         self.name, self.own = annotation_of(session.data, self.task) if self.task else ("", np.zeros((len(session.data), *session.data.spatial), np.uint8))
         self.index = next((int(i) for i in session.data.ids("train") if self.own[i].any()), 0)
 
@@ -229,8 +236,11 @@ class Choose(Panel):
 
     def sample(self, n: int = 8):
         "Pictures of the set with what is annotated (PIL image)."
-        data, ids = self.session.data, self.session.data.ids("train")
-        return data.show(ids[np.linspace(0, len(ids) - 1, min(n, len(ids))).astype(int)], columns=8, scale=max(1, 96 // data.spatial[-1]))
+        data, ids, scale = self.session.data, self.session.data.ids("train"), max(1, 96 // self.session.data.spatial[-1])
+        some = ids[np.linspace(0, len(ids) - 1, min(n, len(ids))).astype(int)]
+        if data.dims == 2: return data.show(some, columns=8, scale=scale)
+        from tasl_lab.figures.pictures import annotate
+        return _beside([annotate(slice_at(np.asarray(data.images[i]), 3, self.share), slice_at(self.own[i], 3, self.share), None, scale) for i in some])
 
     def statics(self):
         seen = views_of(self.session.config, self.session.data, self.index, self.own[self.index])
@@ -248,12 +258,28 @@ def widgets(self:Choose):
     self.problem, self.card, self.seen, self.path = (HTML(layout=wide) for _ in range(4))
     self.seen.value = said("Views are being made …", "quiet", "status")
     more = Accordion([HTML(), self.path], titles=("Sample pictures", "The advisor's path"), layout=wide)
-    more.children[0].value = pictured(self.sample(), f"Sample pictures of {self.session.data.info.name} with outlines of what is annotated")
-    right = VBox([self.problem, HTML("<h3>What the objective sees of this picture</h3>"), self.index_control, self.seen, self.card, more],
+    self.samples, slices = more.children[0], slicer(self.session.data, self._sliced)
+    self._sampled()
+    right = VBox([self.problem, HTML("<h3>What the objective sees of this picture</h3>"), self.index_control, *slices, self.seen, self.card, more],
                  layout=dict(flex="2 1 520px", min_width="420px", padding="0 0 0 16px"))
     self.listen()
     with self.lock: self.draw(self.session, None)
     return HBox([left, right], layout=dict(flex_flow="row wrap", align_items="flex-start"))
+
+
+@patch
+def _sampled(self:Choose):
+    "Draw the sample pictures."
+    self.samples.value = pictured(self.sample(), f"Sample pictures of {self.session.data.info.name} with outlines of what is annotated")
+
+
+@patch
+def _sliced(self:Choose, share):
+    "Another slice of the volumes; the views are not made anew."
+    with self.lock:
+        self.share = share
+        self._sampled()
+        if self.made: self.seen.value = views_page(self.made, self.name, share)
 
 
 @patch
@@ -413,10 +439,12 @@ def _make(self:Choose):
     "Make the views of the last wish; in a thread."
     while True:
         done, config, index = self.wish, self.session.config, self.index
-        try: page = views_page(views_of(config, self.session.data, index, self.own[index]), self.name)
+        made = []
+        try: page = views_page(made := views_of(config, self.session.data, index, self.own[index]), self.name, self.share)
         except Exception as e: page = said(str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}", "problem", "alert")
         with self.lock:
             if done != self.wish: continue
+            self.made = made
             if self.ends: self.seen.value = page
             self.maker = None
             return

@@ -49,7 +49,8 @@ class Lab(Panel):
         require(font in SCALES, f"font is {font}: use one of {', '.join(map(str, SCALES))}")
         data = set_of(source)
         new = config or PretrainConfig.of(batch=min(64, len(data.ids("train"))))
-        super().__init__(Session.of(data, **options), live)
+        spec = {"source": source} if isinstance(source, str) else {}
+        super().__init__(Session.of(data, **spec | options), live)
         if config is not None or not self.session.jobs: self.session.config = new
         self.font, self.panels = font, {}
         self.names = [n for n, place in TABS.items() if panel_class(place) is not None]

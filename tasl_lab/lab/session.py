@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'AT_REST', 'MAKING', 'SESSIONS', 'SWITCH', 'CELLS', 'SCALES', 'cell_id', 'is_live', 'Cadence', 'Job',
            'left_text', 'told', 'remedy', 'recorded', 'found', 'encoder_at', 'two_tasks', 'scores_of', 'Session',
-           'Panel', 'stylesheet', 'framed', 'closed', 'said', 'light', 'pictured']
+           'Halted', 'Panel', 'stylesheet', 'framed', 'closed', 'said', 'light', 'pictured']
 
 # %% ../../nbs/09_lab/00_session.ipynb #272111dd
 import json
@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -68,7 +69,8 @@ AT_REST = ("stopped", "finished", "failed")
 class Job:
     "One pre-training of the session."
     config: PretrainConfig
-    folder: "Path|None" = None    # of the run; None for a replay
+    folder: "Path|None" = None    # of the run; None for a replay and for a baseline
+    supervised: bool = False      # the baseline: the encoder trained from scratch with labels, once per task
     device: str = "auto"
     status: str = "queued"        # one of `STATES`
     rows: list = field(default_factory=list)     # one dict per step, see `State.row`
@@ -83,7 +85,10 @@ class Job:
     def step(self) -> int: return self.rows[-1]["step"] if self.rows else 0
 
     @property
-    def name(self) -> str: return f"{self.config.objective} on {self.config.encoder}, seed {self.config.seed}"
+    def title(self) -> str: return "supervised" if self.supervised else self.config.objective
+
+    @property
+    def name(self) -> str: return f"{self.title} on {self.config.encoder}, seed {self.config.seed}"
 
     @property
     def history(self) -> pd.DataFrame: return pd.DataFrame(list(self.rows))
@@ -111,6 +116,7 @@ def left_text(
 
 def told(job: Job) -> str:
     "A run in one sentence."
+    if job.supervised: return f"{job.name}: {job.status}, {job.config.steps} steps from scratch per task. {job.message}".strip()
     words = [f"{job.name}: {job.status}, step {job.step} of {job.config.steps}"]
     if job.rows: words.append(f"loss {job.rows[-1]['loss']:.4g}, {job.rows[0]['loss']:.4g} at the start")
     if job.status in ("training", "probing"):
@@ -202,9 +208,9 @@ def encoder_at(
 def two_tasks(
     data: ImageSet,
 ) -> tuple:
-    "One task about whole pictures and one about places in them, as far as the set has the truth."
-    from tasl_lab.tasks.registry import tasks_of
-    able = tasks_of(data)
+    "One task about whole pictures and one about places in them, of those that a matrix takes by default."
+    from tasl_lab.alignment.matrix import default_tasks
+    able = default_tasks(data)
     first = lambda *kinds: [t for k in kinds for t in able if t.startswith(f"{k}:")][:1]
     return tuple(first("classification", "regression") + first("segmentation", "detection"))
 
@@ -231,6 +237,12 @@ def scores_of(
 SESSIONS = weakref.WeakValueDictionary()  # (folder, sha256) -> Session: a cell that is run again finds its session again
 
 
+def _source_of(data) -> str:
+    "What `data.sources.load` makes a set of this name from; a word to be replaced where that is not known."
+    name = data.info.name if data is not None else ""
+    return name if name.partition(":")[0] in ("brain", "phantom") else "DATA"
+
+
 class Session:
     "The data, the choice, and the runs of one Lab."
     pause = .25  # seconds between two tellings of steps
@@ -243,8 +255,10 @@ class Session:
         labels: int = 60,        # labelled pictures of a probe
         every: int = 25,         # steps between marks: a checkpoint and a probe
         config: "PretrainConfig|None" = None,  # the choice to begin with
+        source: str = "",        # what `data.sources.load` would be called with
+        supervised: int = 200,   # steps of the supervised baseline, per task
     ):
-        self.data, self.device, self.labels, self.every = data, device, labels, every
+        self.data, self.device, self.labels, self.every, self.supervised, self.source = data, device, labels, every, supervised, source or _source_of(data)
         require(every >= 1, f"every is {every} steps: use at least 1")
         self.out = Path(out or f"runs/lab/{data.info.name.replace(':', '-')}")
         self.tasks = two_tasks(data) if tasks is None else tuple(tasks)
@@ -363,7 +377,7 @@ def _work(self:Session, device):
                 return
             job.status = "preparing"
         self.tell(job)
-        try: self._set(job, "finished" if self._train(job) else "stopped")
+        try: self._set(job, "finished" if (self._supervise if job.supervised else self._train)(job) else "stopped")
         except Exception as e:
             job.message = remedy(e, job)
             self._set(job, "failed")
@@ -411,6 +425,63 @@ def _probe(self:Session, job):
         write_json(job.folder / "probes.json", job.probes)
     except Exception as e: job.message = f"No probe: {e}"
     self.tell(job)
+
+# %% ../../nbs/09_lab/00_session.ipynb #ee50bdb6
+class Halted(Exception):
+    "A stop was asked for."
+
+
+@patch
+def baseline(self:Session,
+    steps: "int|None" = None,  # per task; as the session says by default
+    device: "str|None" = None,
+) -> Job:
+    "Put the supervised baseline of the chosen encoder into the queue, or find it where it is there already."
+    from tasl_lab.core import pick_device
+    require(len(self.tasks) > 0, "the session probes no task: name one or two, as Session(tasks=(\"classification:class\",))")
+    c, steps = self.config, steps or self.supervised
+    config = PretrainConfig.of(objective=c.objective, encoder=c.encoder, seed=c.seed, steps=steps)
+    key = lambda j: (j.config.encoder, j.config.seed, j.config.steps)
+    with self.lock:
+        job = next((j for j in self.jobs if j.supervised and key(j) == (c.encoder, c.seed, steps)), None)
+        if job is None: self.jobs.append(job := Job(config, status="stopped", supervised=True))
+        job.device = str(pick_device(device or self.device))
+        self.resume(job)
+    return job
+
+
+@patch
+def _supervise(self:Session, job) -> bool:
+    "Fine-tune fresh weights on each task that was not done yet; false after a stop."
+    path, config = self.out / "supervised.json", job.config
+    key = " ".join(map(str, (config.encoder, f"seed {config.seed}", f"{config.steps} steps", f"{self.labels} labels", self.data.sha256[:16])))
+    kept = read_json(path) if path.is_file() else {}
+    found = kept.setdefault(key, {})
+    self._set(job, "training")
+    try:
+        for t in self.tasks:
+            if t in found: continue
+            found[t] = self._from_scratch(job, t)
+            write_json(path, kept)
+    except Halted: return False
+    self.baselines["supervised"] = {t: found[t] for t in self.tasks}
+    job.message = ", ".join(f"{t} {found[t]:.3f}" for t in self.tasks) + "."
+    return True
+
+
+@patch
+def _from_scratch(self:Session, job, task: str) -> float:
+    "Score of one task; every forward pass looks whether to stop."
+    from tasl_lab.tasks.registry import make_task
+    def look(*_):
+        if job.halt.is_set(): raise Halted
+    with MAKING:
+        encoder = encoder_at(self.out / "none", job.config, self.data)[1]
+        look()
+        encoder.register_forward_pre_hook(look)
+        ids = self.data.budget(min(self.labels, len(self.data.ids("train"))), job.config.seed)
+        scores = make_task(task, self.data).finetune(encoder, self.data, ids, job.config.seed, steps=job.config.steps, device=job.device)
+    return float(scores.value())
 
 # %% ../../nbs/09_lab/00_session.ipynb #f7eaefff
 @patch
@@ -482,8 +553,7 @@ class Panel:
 # %% ../../nbs/09_lab/00_session.ipynb #5efcb818
 def stylesheet() -> str:
     "The one style sheet of the Lab, which follows the theme of JupyterLab."
-    here = Path(__file__).parent if "__file__" in globals() else Path("../../tasl_lab/lab")
-    return (here / "lab.css").read_text(encoding="utf-8")
+    return (files("tasl_lab") / "lab" / "lab.css").read_text(encoding="utf-8")
 
 
 def framed(*parts):

@@ -35,6 +35,7 @@ def dots(
     y: str,
 ) -> pd.DataFrame:  # run, step, x, y
     "The probed checkpoints of runs, without those of the untrained encoder."
+    jobs = [j for j in jobs if not j.supervised]
     names = [j.config.objective for j in jobs]
     label = lambda j: j.config.objective if names.count(j.config.objective) == 1 else j.name
     rows = [{"run": label(j), "step": p["step"], "x": p[x], "y": p[y]} for j in jobs for p in list(j.probes) if p["step"] and x in p and y in p]
@@ -47,7 +48,8 @@ def figure_of(session: Session, job: "Job|None"):
     title = job.name if job else "No run yet"
     if axes is None: return progress_figure(history, title=title)
     x, y, titles = axes
-    start = [p for p in (job.probes if job else ()) if p["step"] == 0 and x in p and y in p]
+    alike = [job, *(j for j in session.jobs if j.config.encoder == job.config.encoder)] if job else []
+    start = [p for j in alike for p in j.probes if p["step"] == 0 and x in p and y in p]
     controls = {"random": (start[0][x], start[0][y])} if start else {}
     controls |= {n: (v[x], v[y]) for n, v in session.baselines.items() if x in v and y in v}
     return progress_figure(history, dots(session.jobs, x, y), titles, controls, title)
@@ -61,8 +63,9 @@ def queue_table(session: Session) -> str:
     rows = []
     for j in list(session.jobs):
         last = next((p for p in reversed(j.probes) if p["step"]), {})
-        rows.append([j.config.objective, j.config.encoder, j.status, f"{j.step} of {j.config.steps}", j.rows[-1]["loss"] if j.rows else "",
-                     *(last.get(t, "") for t in session.tasks)])
+        if j.supervised: last = session.baselines.get("supervised", {}) if j.status == "finished" else {}
+        steps = f"{j.config.steps} per task" if j.supervised else f"{j.step} of {j.config.steps}"
+        rows.append([j.title, j.config.encoder, j.status, steps, j.rows[-1]["loss"] if j.rows else "", *(last.get(t, "") for t in session.tasks)])
     heads = ["objective", "encoder", "status", "step", "loss", *session.tasks]
     body = "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows)
     return f"<table aria-label='Runs of the Lab'><tr>{''.join(f'<th>{escape(h)}</th>' for h in heads)}</tr>{body}</table>"
@@ -93,11 +96,12 @@ class Train(Panel):
         self.go = button("Play" if play else "Train", "play", "Start the recorded run" if play else "Put the chosen configuration into the queue", self._start)
         self.halt = button("Stop", "stop", "Stop the shown run after its step; it can go on later", lambda: self.session.stop(self.shown))
         self.on = button("Resume", "step-forward", "Let the shown run go on where it stopped", lambda: self.session.resume(self.shown))
-        self.pick = Dropdown(description="Run shown", layout=dict(width="min(420px, 100%)"))
+        self.base = button("Baseline", "flag", "Train the encoder from scratch with the labels, once per task: the star in the plane", self._supervised)
+        self.pick = Dropdown(description="Run shown", layout=dict(width="min(520px, 100%)"))
         self.pick.observe(self._picked, "value")
         self.bar = IntProgress(min=0, max=1, layout=dict(width="100%"))
         self.status, self.figure, self.words, self.queue, self.problem = (HTML(layout=dict(width="calc(100% - 4px)")) for _ in range(5))
-        buttons = HBox([self.go, self.halt, self.on, self.pick], layout=dict(flex_flow="row wrap", align_items="center"))
+        buttons = HBox([self.go, self.halt, self.on, *[self.base] * (not play), self.pick], layout=dict(flex_flow="row wrap", align_items="center"))
         self.draw(self.session, self.shown)
         self.listen()
         return VBox([buttons, self.problem, self.bar, self.status, self.figure, self.words, HTML("<h4>Runs</h4>"), self.queue])
@@ -129,6 +133,14 @@ def _start(self:Train):
 
 
 @patch
+def _supervised(self:Train):
+    job = self.session.baseline()
+    with self.lock: self.shown = job
+    if job.status == "finished": self.problem.value = said(f"The baseline is there already: {told(job)}", "note", "status")
+    self.session.tell(job)
+
+
+@patch
 def _picked(self:Train, change):
     "Another run is to be shown."
     if change["new"] is None or change["new"] is self.shown: return
@@ -148,7 +160,7 @@ def draw(self:Train, session, job):
     self.go.disabled = False
     self.halt.disabled = j is None or j.status in AT_REST or j.status == "stopping"
     self.on.disabled = j is None or j.status not in ("stopped", "failed")
-    self.bar.max, self.bar.value = (j.config.steps, j.step) if j else (1, 0)
+    self.bar.max, self.bar.value = (j.config.steps, j.config.steps if j.supervised and j.status == "finished" else j.step) if j else (1, 0)
     self.bar.bar_style = {"failed": "danger", "finished": "success", "stopped": "warning"}.get(j.status, "info") if j else ""
     self.status.value = said(told(j) if j else f"Ready: {session.config.objective} on {session.config.encoder}, {session.config.steps} steps.",
                              "problem" if j and j.status == "failed" else "note", "status")

@@ -60,6 +60,8 @@ class Memo:
 # %% ../../nbs/04_objectives/01_contract.ipynb #28f38d16
 class Objective(nn.Module):
     "Base of all objectives: views from a batch, a loss from views."
+    averages = False  # does `backward` average gradients over processes by itself? Otherwise those who wrap the module do
+
     def __init__(self, encoder, info: Info, plan: Plan):
         super().__init__()
         self.encoder, self.info, self.plan = encoder, info, plan

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .heads import gather
+
 # %% ../../nbs/04_objectives/02b_collapse.ipynb #baaffe4a
 def spread(
     z,  # (B, D) features, a row per picture
@@ -53,13 +55,15 @@ def _head(objective):
 def readings(
     objective,  # after a pass over its views, before the next
 ) -> dict:
-    "Spread and RankMe of the features, and of the projections where there is such a head: {'spread', 'rankme', 'head/spread', ...}; a hybrid's by term."
+    "Spread and RankMe of all processes' features, and of projections where there is such a head: {'spread', 'rankme', 'head/spread', ...}; a hybrid's by term."
     z, pooled, out = objective.embedding, _whole(objective), {}
-    if z is not None: out |= {"spread": spread(z), "rankme": rankme(z)}
+    if z is not None:
+        z = gather(z)
+        out |= {"spread": spread(z), "rankme": rankme(z)}
     for name, o in getattr(objective, "terms", {"": objective}).items():
         head, place = _head(o), f"{name}/head" if name else "head"
         if head is None or pooled is None: continue
-        p = head(pooled)
+        p = gather(head(pooled))
         out |= {f"{place}/spread": spread(p), f"{place}/rankme": rankme(p)}
     return out
 

@@ -15,6 +15,7 @@ from ..core import require, seed_of
 from ..data.imageset import Info
 from .base import Loss, Objective, Plan, family
 from .cards import ALIASES, CARDS, parse_spec
+from .heads import average
 
 # %% ../../nbs/04_objectives/11_compose.ipynb #e4a17184
 class Hybrid(Objective):
@@ -74,6 +75,8 @@ def operate(
 
 class Surgery(Hybrid):
     "A hybrid whose terms' gradients do not oppose each other at the encoder (arXiv:2001.06782)."
+    averages = True  # whether gradients oppose each other is asked of those of the whole batch
+
     def backward(self, loss):
         own = dict(self.named_parameters())
         shared = [k for k, p in own.items() if k.startswith("encoder.") and p.requires_grad]
@@ -85,7 +88,8 @@ class Surgery(Hybrid):
             for k, g in zip(rest, found[len(shared):]):
                 if g is not None: own[k].grad = g if own[k].grad is None else own[k].grad + g
         g = self.draw(self.step, "surgery")
-        total = operate(torch.stack(rows), [torch.randperm(len(rows), generator=g).tolist() for _ in rows])
+        for k in rest: own[k].grad = None if own[k].grad is None else average(own[k].grad)
+        total = operate(average(torch.stack(rows)), [torch.randperm(len(rows), generator=g).tolist() for _ in rows])
         for k, part in zip(shared, total.split([own[k].numel() for k in shared])): own[k].grad = part.reshape(own[k].shape).clone()
 
 # %% ../../nbs/04_objectives/11_compose.ipynb #39fb3285
@@ -134,7 +138,7 @@ def gradient_agreement(
     flat = {}
     for name, part in loss.parts.items():
         grads = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
-        flat[name] = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, weights)])
+        flat[name] = average(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, weights)]))
     names = list(flat)
     out = {f"norm/{n}": flat[n].norm().item() for n in names}
     cosine = lambda a, b: torch.nn.functional.cosine_similarity(flat[a], flat[b], dim=0).item()

@@ -1,0 +1,116 @@
+"""Export: what leaves computes what stayed, in a Python that has no TASL Lab; what fits nowhere is refused with what does."""
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from test_cli import call, refused
+
+from tasl_lab.batch.export import TARGETS, export_run
+from tasl_lab.core import InputError, write_json
+from tasl_lab.encoders import make_encoder
+from tasl_lab.training import _write_weights
+
+# Each example in turn, with TASL Lab out of reach: prints how far the features are apart, and which libraries were needed.
+ALONE = """
+import contextlib, io, json, runpy, sys
+sys.modules["tasl_lab"] = None
+said = {}
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    sys.modules.pop("encoder", None)
+    with contextlib.redirect_stdout(io.StringIO()) as out: runpy.run_path(folder + "/example.py")
+    said[folder] = json.loads(out.getvalue())
+    del sys.path[0]
+print(json.dumps({"said": said, "needed": [m for m in ("monai", "timm", "numpy", "pandas") if m in sys.modules]}))
+"""
+NETWORK = """
+import importlib, json, pydoc, sys, torch
+sys.modules["tasl_lab"] = None
+sys.path.insert(0, sys.argv[1])
+plan = json.load(open(sys.argv[2]))["configurations"]["tasl_2d"]
+named = plan["architecture"]
+if importlib.util.find_spec("nnunetv2"):
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    net = get_network_from_plans(named["network_class_name"], named["arch_kwargs"], named["_kw_requires_import"], 1, 3, True, True)
+else: net = pydoc.locate(named["network_class_name"])(input_channels=1, num_classes=3, **named["arch_kwargs"], deep_supervision=True)
+from encoder import features
+from safetensors.torch import load_file
+expected = load_file(sys.argv[1] + "/expected.safetensors")
+x = torch.rand(2, 1, *plan["patch_size"])
+several = [list(o.shape) for o in net(x)]
+net.decoder.deep_supervision = False
+with torch.no_grad(): apart = (features(net.encoder.eval(), expected["pictures"]) - expected["features"]).abs().max().item()
+print(json.dumps({"several": several, "one": list(net(x).shape), "apart": apart}))
+"""
+
+
+def finished(folder, name, dims=2, channels=1):
+    "A run folder whose encoder has no weight that is still zero or one."
+    encoder = make_encoder(name, channels, dims, **({"size": 32} if "vit" in name else {}))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in encoder.parameters(): p.add_(torch.randn(p.shape, generator=g) * (.1 if p.ndim == 1 or len(p) == 1 else .01))
+    _write_weights(encoder, folder / "encoder.safetensors", {"encoder": json.dumps({"name": name, "channels": channels, "dims": dims, "size": 32})})
+    write_json(folder / "run.json", {"id": "0123", "config": {"objective": "simclr"}})
+    return folder
+
+
+def run(code, *args): return json.loads(subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True).stdout)
+
+
+ENCODERS = [("cnn-tiny", 2, 1), ("cnn-tiny", 3, 2), ("vit-tiny", 2, 3), ("vit-tiny", 3, 1)]
+
+
+def exports(tmp_path, to, encoders):
+    "One export per encoder, in folders of their own."
+    return [export_run(finished(tmp_path / f"{n}{d}{c}", n, d, c), to, tmp_path / f"{to}-{n}{d}{c}")["folder"] for n, d, c in encoders]
+
+
+def test_torch_needs_nothing_of_ours(tmp_path):
+    told = run(ALONE, *exports(tmp_path, "torch", ENCODERS))
+    assert len(told["said"]) == 4 and all(s["largest_difference"] < 1e-5 for s in told["said"].values()), told
+    assert not {"monai", "timm", "pandas"} & set(told["needed"])
+
+
+@pytest.mark.slow
+def test_other_libraries_compute_the_same(tmp_path):
+    folders = exports(tmp_path, "monai", ENCODERS) + (exports(tmp_path, "timm", ENCODERS[2:3]) if find_spec("timm") else [])
+    told = run(ALONE, *folders)
+    assert set(told["said"]) == set(folders) and all(s["largest_difference"] < 1e-5 for s in told["said"].values()), told
+
+
+def test_nnunet_builds_a_network_with_our_weights(tmp_path):
+    folder, plans = exports(tmp_path, "nnunet", ENCODERS[:1])[0], tmp_path / "nnUNetPlans.json"
+    write_json(plans, {"plans_name": "nnUNetPlans", "configurations": {"2d": {"patch_size": [30, 48]}}})
+    subprocess.run([sys.executable, f"{folder}/encoder.py", str(plans), "2d"], check=True, capture_output=True)
+    told = run(NETWORK, folder, plans)
+    assert told["several"] == [[2, 3, 32, 48], [2, 3, 16, 24], [2, 3, 8, 12], [2, 3, 4, 6]] and told["one"] == [2, 3, 32, 48] and told["apart"] < 1e-5
+
+
+def test_lost_weights_are_noticed(tmp_path):
+    "The example is no ornament: with other weights it fails."
+    a, b = exports(tmp_path, "torch", ENCODERS[:1])[0], finished(tmp_path / "other", "cnn-tiny")
+    weights = make_encoder("cnn-tiny", seed=5)
+    from safetensors.torch import save_file
+
+    from tasl_lab.batch.export import plain_weights
+    save_file(plain_weights(weights), f"{a}/encoder.safetensors")
+    failed = subprocess.run([sys.executable, f"{a}/example.py"], capture_output=True, text=True)
+    assert failed.returncode != 0 and "features differ" in failed.stderr and b.is_dir()
+
+
+@pytest.mark.parametrize("name, dims, to, instead", [("cnn-tiny", 2, "timm", "torch or monai or nnunet"), ("vit-tiny", 2, "nnunet", "torch or monai or timm"),
+                                                     ("vit-tiny", 3, "timm", "torch or monai"), ("cnn-tiny", 2, "keras", ", ".join(TARGETS))])
+def test_what_fits_nowhere_is_refused(tmp_path, name, dims, to, instead):
+    with pytest.raises(InputError, match=instead): export_run(finished(tmp_path / "run", name, dims), to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path):
+    told = json.loads(call("export", finished(tmp_path / "run", "cnn-tiny"), "--out", tmp_path / "out", "--json").stdout)
+    assert told["to"] == "torch" and told["parameters"] > 1e5 and (tmp_path / "out" / "encoder.py").is_file()
+    refused("export", tmp_path / "run", "--to", "timm", says="--to torch")
+    refused("export", tmp_path / "nothing", says="no such file")
