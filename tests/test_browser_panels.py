@@ -131,6 +131,7 @@ def test_every_panel_in_both_themes(tmp_path, shots):
         both("advisor")
         assert shown_tree.inner_text() == "The advice in full"
         choose(nb, "gate")
-        assert "This makes one: papermill" in look(nb, ".tasl .tasl-note[role=status]:has-text('No gate here yet')").inner_text()
+        look(nb, ".tasl :text('recorded elsewhere, not on this set')")      # the gate of the repository's own record
+        assert "stage 1" in look(nb, ".tasl .tasl-paper .main-svg").text_content()
         assert len(both.made) == 18 and max(p.stat().st_size for p in both.made) < 120_000
         assert not problems(nb), nb.errors
