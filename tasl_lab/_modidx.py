@@ -2723,6 +2723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tasl_lab.lab.decide.Decide._tree': ('09_lab/decide.html#decide._tree', 'tasl_lab/lab/decide.py'),
                                      'tasl_lab.lab.decide.Decide.absent': ('09_lab/decide.html#decide.absent', 'tasl_lab/lab/decide.py'),
                                      'tasl_lab.lab.decide.Decide.advice': ('09_lab/decide.html#decide.advice', 'tasl_lab/lab/decide.py'),
+                                     'tasl_lab.lab.decide.Decide.close': ('09_lab/decide.html#decide.close', 'tasl_lab/lab/decide.py'),
                                      'tasl_lab.lab.decide.Decide.command': ('09_lab/decide.html#decide.command', 'tasl_lab/lab/decide.py'),
                                      'tasl_lab.lab.decide.Decide.export': ('09_lab/decide.html#decide.export', 'tasl_lab/lab/decide.py'),
                                      'tasl_lab.lab.decide.Decide.figure': ('09_lab/decide.html#decide.figure', 'tasl_lab/lab/decide.py'),

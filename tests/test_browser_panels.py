@@ -132,6 +132,6 @@ def test_every_panel_in_both_themes(tmp_path, shots):
         assert shown_tree.inner_text() == "The advice in full"
         choose(nb, "gate")
         look(nb, ".tasl :text('recorded elsewhere, not on this set')")      # the gate of the repository's own record
-        assert "stage 1" in look(nb, ".tasl .tasl-paper .main-svg").text_content()
+        assert "stage 1" in look(nb, ".tasl .tasl-paper").text_content()
         assert len(both.made) == 18 and max(p.stat().st_size for p in both.made) < 120_000
         assert not problems(nb), nb.errors

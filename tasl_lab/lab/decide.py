@@ -118,6 +118,7 @@ class Decide(Panel):
     ):
         session = what if isinstance(what, Session) else None
         super().__init__(session, live)
+        self.gone = ()
         self.what, self.against, self.problem, self.drawn = session.out if session else what, against, "", ("", None)
         other = recorded() if other is None and self.live and session else other
         try: self.records = records_of(self.what, other)
@@ -132,6 +133,11 @@ class Decide(Panel):
 
     @property
     def missing(self) -> list: return [v for v in VIEWS if v not in self.views]
+
+    def close(self):
+        "As of every panel; also the figure that was taken away last."
+        for old in self.gone: old.close()
+        super().close()
 
     def places(self, view=None) -> list:
         "Where tables of a view lie, the one that is shown first unless another is chosen."
@@ -221,8 +227,8 @@ def _show(self:Decide, fig):
     "A figure and its words, or none."
     import plotly.graph_objects as go
     from plotly.io import from_json  # JSON writes nan as null: a page cannot read nan
-    for old in self.room.children: old.close()
-    self.room.children, self.words.value = (), ""
+    for old in self.gone: old.close()  # the one before last: what a page takes away still has a word to say to it
+    self.gone, self.room.children, self.words.value = self.room.children, (), ""
     self.room.layout.display = "none" if fig is None else None
     self.controls["export"].disabled = fig is None
     if fig is None: return
