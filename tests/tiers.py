@@ -40,10 +40,10 @@ TIERS = {
         Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 120),
     ],
     "slow": [
-        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 240),
+        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 180),
         Stage("experiments", f"{NBTEST} 600 nbs/experiments", 360),
-        Stage("docs", "python .ci/docs.py build", 240),
-        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 900),
+        Stage("docs", "python .ci/docs.py build", 180),
+        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1020),
     ],
     "full": [
         Stage("full pytest", f"{PYTEST} -m full --timeout=0", 3 * 3600),
