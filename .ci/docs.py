@@ -23,7 +23,7 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = {"00": "Ground", "01": "1 Data", "02": "2 Views", "03": "3 Encoders", "04": "4 Objectives", "05": "5 Training", "06": "6 Tasks",
+GROUPS = {"guide": "Guide", "00": "Ground", "01": "1 Data", "02": "2 Views", "03": "3 Encoders", "04": "4 Objectives", "05": "5 Training", "06": "6 Tasks",
           "07": "7 Alignment", "08": "8 Figures", "09": "9 Lab", "10": "10 Batch", "11": "11 Command line",
           "lessons": "Guided lessons", "experiments": "Experiments"}
 
@@ -57,7 +57,7 @@ def read_page(nbs: Path, path: Path) -> Page:
 
 
 def pages(nbs: Path) -> list[Page]:
-    "Every notebook in reading order: the home page, the floors, then lessons and experiments."
+    "Every notebook in reading order: the home page, the guide, the floors, then lessons and experiments."
     found = [p for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
     order = [*GROUPS]
     def key(p):
@@ -116,6 +116,14 @@ hr { border: 0; border-top: 1px solid #e2e6ea; }
 """
 
 
+def said_of(directives, following) -> str:
+    "The text alternative of a cell's pictures: its `fig-alt`, or else the first paragraph that follows them."
+    given = next((m[1] for d in directives if (m := re.match(r"#\|\s*fig-alt:\s*(.+)", d))), "")
+    after = "".join(following[0]["source"]) if following and following[0]["cell_type"] == "markdown" else ""
+    paragraph = next((p for p in re.split(r"\n\s*\n", after) if p.strip() and not p.lstrip().startswith("#")), "")
+    return given.strip("\"' ") or re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", " ".join(paragraph.split()))
+
+
 def tidy(nb) -> nbformat.NotebookNode:
     "A notebook that nbformat accepts: known keys, no directives, no raw cells; the input of `echo: false` cells gets a tag."
     cells = []
@@ -127,12 +135,14 @@ def tidy(nb) -> nbformat.NotebookNode:
         directives = [line for line in lines if line.startswith("#|")] if kind == "code" else []
         if any(re.match(r"#\|\s*hide\b|#\|\s*default_exp\b", d) for d in directives): continue
         cell["source"] = "\n".join(line for line in lines if kind != "code" or not line.startswith("#|"))
+        alt = said_of(directives, nb["cells"][i + 1:i + 2])
         cell["id"] = f"cell-{i}"
         cell["metadata"] = {"tags": ["hide-input"] if any(re.match(r"#\|\s*echo:\s*false", d) for d in directives) else []}
         if kind == "code":
             cell["execution_count"] = None
             for o in cell.setdefault("outputs", []):
                 if o["output_type"] == "execute_result": o["execution_count"] = None
+                for form in {"image/png", "image/jpeg"} & set(o.get("data", {})): o["metadata"] = {form: {"alt": alt}} if alt else {}
         cells.append(cell)
     return nbformat.from_dict({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 

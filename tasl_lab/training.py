@@ -492,7 +492,7 @@ def load_encoder(
     require("encoder" in header, f"{path}: does not say of which encoder: it was not written by a run of ours")
     made = json.loads(header["encoder"])
     size = {"size": made["size"]} if made["name"].startswith("vit") else {}
-    encoder = make_encoder(made["name"], made["channels"], made["dims"], **size)
+    encoder = make_encoder(made["name"].partition("@")[0], made["channels"], made["dims"], **size)
     encoder.load_state_dict(weights)
     return encoder.to(pick_device(device)).eval()
 
@@ -506,7 +506,8 @@ def load_objective(
     record = read_json(Path(folder) / "run.json")
     require(record["data"]["sha256"] == data.sha256, f"{folder}: trained on another set than {data.info.name!r}: give the set named in its run.json")
     run = Run(PretrainConfig.of(**record["config"]), data, device)
-    run.objective.load_state_dict(read_weights(Path(folder) / "objective.safetensors")[1])
+    shared = {f"encoder.{k}": w for k, w in read_weights(Path(folder) / "encoder.safetensors")[1].items()}
+    run.objective.load_state_dict(shared | read_weights(Path(folder) / "objective.safetensors")[1])
     return run.objective.eval()
 
 # %% ../nbs/05_training/01_training.ipynb #cbe5ba5a

@@ -80,7 +80,7 @@ def test_choose_train_stop_resume(root, tmp_path, shots):
         tab(nb, "Audit", ".tasl button:visible")
         press(nb, "Audit")
         page.wait_for_selector("table[aria-label='Findings of the audit'], .tasl p:has-text('No finding')", timeout=60_000 * PATIENCE)
-        page.wait_for_selector(".tasl img[aria-label^='Rows: picture']", timeout=60_000 * PATIENCE)
+        page.wait_for_selector(".tasl table[aria-label='Pictures before and after'] img", timeout=60_000 * PATIENCE)
         snap(page, shots / "audit_light.png")
 
         tab(nb, "Train", ".tasl svg[role=img]")

@@ -88,7 +88,7 @@ def test_every_panel_in_both_themes(tmp_path, shots):
 
         tab(nb, "Audit", ".tasl button:visible")
         press(nb, "Audit")
-        look(nb, ".tasl img[aria-label^='Rows: picture']", 240)
+        look(nb, ".tasl table[aria-label='Pictures before and after'] img", 240)
         both("audit")
 
         tab(nb, "Train", ".tasl svg[role=img]")

@@ -1,6 +1,7 @@
 """Maps, viewers and comparisons without a browser: other threads, many points, runs that are re-run, volumes, and what is refused."""
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from tasl_lab.data.imageset import ImageSet, Info
 from tasl_lab.data.phantom import phantom
 from tasl_lab.encoders import make_encoder
 from tasl_lab.figures.embedding import embedding_maps, look_of, mark, remap, repaint
+from tasl_lab.figures.style import alt
 from tasl_lab.lab.canvas import PictureCanvas
 from tasl_lab.lab.compare import Compare, who_is_right
 from tasl_lab.lab.explore import Explore, thumbnails
@@ -71,6 +73,81 @@ def test_handlers_from_both_threads(data, encoder):
     panel.close()
 
 
+def test_without_a_mouse(data, encoder, vit):
+    "What a lasso chooses, a list of groups chooses; what a click looks at, a number looks at."
+    one, two = Explore(encoder, data, live=True), Compare({"cnn": encoder, "vit": vit}, data, live=True)
+    for panel in (one, two):
+        panel.show()
+        panel.controls["colour"].value = "site"
+        group = panel.controls["group"]
+        name = next(v for _, v in group.options if v and "patches" not in v)
+        elsewhere(partial(setattr, group, "value", name))
+        site, there = name.removeprefix("pictures: ").rpartition(" (")[0], data.table.site.to_numpy(str)
+        assert set(there[panel.chosen]) == {site} and len(panel.chosen) == (there[panel.ids] == site).sum() > 0
+        panel.controls["number"].value = 7
+        assert panel.at == 7 and "Picture 7" in panel.facts.value
+        panel.controls["number"].value = 700
+        said = panel.doing.value if panel is one else panel.words.value
+        assert "picture 700 is not on the maps" in said and panel.at == 7
+        panel.controls["clear"].click()
+        assert len(panel.chosen) == 0
+    shown = one.values()["patches"][one.maps["patches"].rows]
+    name = next(v for _, v in one.controls["group"].options if v and v.startswith("patches: "))
+    one.controls["group"].value = name
+    assert f"({(shown == name.removeprefix('patches: ').rpartition(' (')[0]).sum():,})" in name
+    one._lassoed("pictures", [1, 2])
+    assert one.controls["group"].value is None and len(one.chosen) == 2
+    one.close()
+    two.close()
+
+
+def controls_of(widget):
+    "All widgets inside a widget that a hand can move."
+    found = [widget] if hasattr(widget, "click") or hasattr(widget, "value") and type(widget).__name__ not in ("HTML", "IntProgress") else []
+    return found + [w for child in getattr(widget, "children", ()) for w in controls_of(child)]
+
+
+def moved(widget):
+    "Do with a widget what a hand does; what cannot be another value stays."
+    if hasattr(widget, "click"): return widget.click()
+    options = [o[1] if isinstance(o, tuple) else o for o in getattr(widget, "options", ())]
+    if type(widget).__name__ == "SelectMultiple": widget.value = options[:2]
+    elif options and type(widget).__name__ != "Combobox": widget.value = options[(options.index(widget.value) + 1) % len(options)]
+    elif isinstance(widget.value, bool): widget.value = not widget.value
+    elif isinstance(widget.value, (int, float)):
+        widget.value = min(getattr(widget, "max", 1e9), widget.value + getattr(widget, "step", 1) or 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Compare"])
+def test_every_control_answers_from_both_threads(data, tmp_path, monkeypatch, name):
+    "Each control of a panel, moved from here and from another thread: nothing is raised and nothing complains."
+    from ipywidgets.widgets.widget import CallbackDispatcher
+
+    from tasl_lab.config import PretrainConfig
+    from tasl_lab.lab import Lab
+    raised = []
+    def loud(self, *args, **more):
+        for f in self.callbacks:
+            try: f(*args, **more)
+            except Exception as e: raised.append(e)
+    monkeypatch.setattr(CallbackDispatcher, "__call__", loud)
+    monkeypatch.chdir(tmp_path)
+    lab = Lab(data, PretrainConfig.of(objective="spark", steps=2, batch=16, precision="fp32"), live=True, out=tmp_path / "runs", tasks=(), device="cpu")
+    lab.session.submit()
+    assert lab.session.wait(timeout=120)
+    panel, moves = lab.panel(name), 0
+    for call in (lambda act: act(), elsewhere):
+        for widget in controls_of(panel.show()):
+            if getattr(widget, "disabled", False) or widget.comm is None: continue
+            call(partial(moved, widget))
+            moves += 1
+    lab.session.wait(timeout=120)
+    assert not raised and not lab.session.problems and moves > 3, (raised, lab.session.problems)
+    lab.close()
+    lab.session.close()
+
+
 def test_ten_thousand_points(encoder):
     "From the lasso to the thumbnails in less than a second of Python, and what is left out is said."
     many = waves(10_000, (16, 16))
@@ -86,6 +163,13 @@ def test_ten_thousand_points(encoder):
     assert panel.sheet.count == 24 and "7,000 of 10,000 pictures" in panel.words.value
     assert min(took) < 1, f"lasso of 7,000 points to thumbnails: {min(took):.2f} s"
     panel.close()
+
+
+def test_fifty_thousand_points_and_no_more():
+    z = np.random.default_rng(0).standard_normal((50_001, 8)).astype(np.float32)
+    found = pca_map(z)
+    fig = embedding_maps({"pictures": found.xy}, look_of({"pictures": z[found.rows, 0]}, "x"), {"pictures": found.words})
+    assert len(fig.data[0].x) == len(found.rows) == 50_000 and "50,000 of 50,001 pictures, drawn by chance" in alt(fig)
 
 
 def test_reruns_leave_nothing(data, encoder, tmp_path):
@@ -256,4 +340,7 @@ def test_a_map_of_more_points_than_plotly_draws(encoder, monkeypatch):
     assert len(xy) == len(values) == 40
     elsewhere(lambda: select([4, 5]))
     assert panel.chosen.tolist() == [4, 5] and panel.linked[0].tolist() == [2], "of the two only the fourth is on the figure"
+    monkeypatch.setattr(extras, "large_map", lambda *_: PictureCanvas())
+    panel._extras()[0].click()
+    assert "All 40 pictures by two principal components. Colour shows label: kind: a 20, b 20" in panel.room.children[1].value
     panel.close()

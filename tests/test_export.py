@@ -54,7 +54,7 @@ def finished(folder, name, dims=2, channels=1):
     with torch.no_grad():
         for p in encoder.parameters(): p.add_(torch.randn(p.shape, generator=g) * (.1 if p.ndim == 1 or len(p) == 1 else .01))
     _write_weights(encoder, folder / "encoder.safetensors", {"encoder": json.dumps({"name": name, "channels": channels, "dims": dims, "size": 32})})
-    write_json(folder / "run.json", {"id": "0123", "config": {"objective": "simclr"}})
+    write_json(folder / "run.json", {"id": "0123", "config": {"objective": "simclr"}, "data": {"name": "waves", "sha256": "0" * 64}})
     return folder
 
 
@@ -114,3 +114,49 @@ def test_command(tmp_path):
     assert told["to"] == "torch" and told["parameters"] > 1e5 and (tmp_path / "out" / "encoder.py").is_file()
     refused("export", tmp_path / "run", "--to", "timm", says="--to torch")
     refused("export", tmp_path / "nothing", says="no such file")
+
+
+# ---------- features and scores ----------
+
+PICTURES = ["--data", "phantom", "--size", "32", "--pictures", "60"]
+
+
+def test_features_leave_as_a_table(tmp_path):
+    import numpy as np
+    import pandas as pd
+    from safetensors.torch import load_file
+
+    from tasl_lab.data.sources import load
+    from tasl_lab.tasks.features import extract
+    run = finished(tmp_path / "run", "cnn-tiny")
+    told = json.loads(call("embed", run, *PICTURES, "--split", "test", "--out", tmp_path / "f.parquet", "--json").stdout)
+    table, data = pd.read_parquet(tmp_path / "f.parquet"), load("phantom", 32, n=60)
+    encoder = make_encoder("cnn-tiny")
+    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
+    expected = extract(encoder, data, data.ids("test"), "cpu").pooled
+    assert np.array_equal(table.filter(regex=r"^f\d+$").to_numpy("float32"), expected) and told["pictures"] == len(table) == len(data.ids("test"))
+    assert {"id", "patient", "split", "label:class"} <= set(table) and told["features"] == expected.shape[1]
+    assert call("embed", run, *PICTURES, "--out", tmp_path / "f.npz").exit_code == 0
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as f: assert f["features"].shape == (60, expected.shape[1]) and len(f["patient"]) == 60
+    refused("embed", run, *PICTURES, "--out", tmp_path / "f.csv", says=".parquet or .npz")
+    refused("embed", tmp_path, *PICTURES, says="holds no finished run")
+    refused("embed", finished(tmp_path / "3d", "cnn-tiny", 3), *PICTURES, says="3-D")
+
+
+@pytest.mark.parametrize("how", ["probe", "finetune"])
+def test_a_score_comes_with_that_of_the_untrained_encoder(tmp_path, how):
+    "The control is computed, not assumed: an encoder that never moved gains exactly nothing."
+    run = finished(tmp_path / "run", "cnn-tiny")
+    more = ["--task", "classification:class", "--labels", "24", "--how", how, "--steps", "3", "--out", tmp_path / "scores", "--json"]
+    told = json.loads(call("evaluate", run, *PICTURES, *more).stdout)
+    assert told["how"] == how and told["metric"] == "auroc" and told["gain"]["value"] == pytest.approx(told["trained"]["value"] - told["untrained"]["value"])
+    assert {p.name for p in (tmp_path / "scores").iterdir()} == {f"{k}-s0.{e}" for k in ("trained", "untrained") for e in ("npz", "json")} | {"evaluation.json"}
+    _write_weights(make_encoder("cnn-tiny"), run / "encoder.safetensors", {"encoder": json.dumps({"name": "cnn-tiny", "channels": 1, "dims": 2, "size": 32})})
+    assert json.loads(call("evaluate", run, *PICTURES, *more).stdout)["gain"]["value"] == 0
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path):
+    run = finished(tmp_path / "run", "cnn-tiny")
+    refused("evaluate", run, *PICTURES, "--how", "guess", says="use probe or finetune")
+    refused("evaluate", run, *PICTURES, "--task", "segmentation:moon", says="moon")
+    refused("evaluate", tmp_path / "nothing", *PICTURES, says="holds no finished run")

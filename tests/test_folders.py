@@ -1,5 +1,4 @@
 """Folders and manifests: what they mean, how pictures come onto one grid and one scale, who is not named, and sets larger than memory."""
-import json
 import os
 import resource
 import signal
@@ -16,8 +15,8 @@ from made_files import ct_series, dicom, nifti
 from PIL import Image
 
 from tasl_lab.core import InputError
-from tasl_lab.data.folder import from_folder as photographs
-from tasl_lab.data.folders import Entry, Log, Reading, bounds, from_folder, from_manifest, hashed, read_voc, read_yolo, resized, samples_of, walk
+from tasl_lab.data.annotations import read_voc, read_yolo
+from tasl_lab.data.folders import Entry, Log, Reading, bounds, from_folder, from_manifest, hashed, resized, samples_of, walk
 from tasl_lab.data.imageset import ImageSet
 from tasl_lab.data.readers import Picture
 from tasl_lab.data.sources import load
@@ -92,17 +91,6 @@ def test_masks_beside_and_in_their_own_folder(tmp_path):
     a, b = from_folder(tmp_path / "a", salt="s"), from_folder(tmp_path / "b", classes={"regions": ["none", "edge", "core"]}, salt="s")
     assert (a.masks["regions"] == 1).sum() == 3 * 24 and a.boxes[0].tolist() == [[4, 6, 8, 12, 0]] and a.labels["contains"].tolist() == [[1]] * 3
     assert set(np.unique(b.masks["regions"])) == {0, 2, 255} and b.boxes[2] is None and "contains" not in b.labels
-
-
-def test_old_and_new_reader_agree(tmp_path):
-    for k in range(4):
-        png(tmp_path / "images" / f"{k}.png", seed=k)
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        Image.fromarray((png(tmp_path / "x.png", seed=k) > 200).astype(np.uint8)).save(tmp_path / "masks" / f"{k}.png")
-    (tmp_path / "x.png").unlink()
-    old, new = photographs(tmp_path, (10, 16)), from_folder(tmp_path, (10, 16), salt="s")
-    assert (old.images == new.images).all() and (old.masks["regions"] == new.masks["regions"]).all()
-    assert all((a == b).all() for a, b in zip(old.boxes, new.boxes))
 
 
 def test_voc_counts_from_one_unless_a_box_begins_at_zero(tmp_path):
@@ -204,7 +192,7 @@ def test_a_manifest_says_everything(tmp_path):
     assert a.sha256 == b.sha256 and a.info.classes["grade"] == ["2", "10"] and a.labels["grade"].tolist() == [1, 0, -1, 1]
     assert a.table.split.tolist() == ["train", "train", "val", "test"] and a.table.patient.nunique() == 3 and a.table.site.tolist() == list("AABB")
     assert np.isnan(a.targets["age"][1]) and a.masks["area"].sum() == 4 * 300 and a.table["factor:dose"].tolist() == [1, 2, 3, 4]
-    assert a.table.spacing_y[0] == .5 and a.table.spacing_x[0] == .25 and a.info.note == "columns left aside: notes"
+    assert a.table.spacing_y[0] == .5 and a.table.spacing_x[0] == .25 and a.info.note.startswith("columns left aside: notes")
 
 
 def test_sources_take_folders_and_manifests(tmp_path, monkeypatch):
@@ -222,7 +210,7 @@ def test_links_that_lead_back_are_read_once(tmp_path):
     os.symlink(tmp_path, tmp_path / "a/back")
     os.symlink(tmp_path / "self", tmp_path / "self")
     log = Log("skip")
-    assert [f.name for f in walk(tmp_path, log)] == ["self", "1.png"] and "link back leads to" in log.note()
+    assert [f.name for f in walk(tmp_path, log)] == ["self", "1.png"] and "links to a folder that is read already" in log.note()
     assert len(from_folder(tmp_path, errors="skip", salt="s")) == 1
 
 
@@ -238,22 +226,6 @@ def test_an_entry_alone(tmp_path):
     x = png(tmp_path / "a.png")
     one = samples_of(Entry([tmp_path / "a.png"], "a.png"), Reading(), Log())
     assert len(one) == 1 and (one[0].image[0] == x).all()
-
-
-def test_blood_cells_through_the_wider_door(extra_data, tmp_path):
-    "Some photographs, among them the two with boxes without size: these are listed, all else equals the older reader."
-    d = json.loads((extra_data("bccd") / "annotations.json").read_text())
-    d["images"] = [row for row in d["images"] if "BloodImage_00320" <= row["file_name"].split("/")[-1][:16] < "BloodImage_00350"]
-    d["annotations"] = [a for a in d["annotations"] if a["image_id"] in {row["id"] for row in d["images"]}]
-    folder = tmp_path / "bccd"
-    folder.mkdir()
-    (folder / "annotations.json").write_text(json.dumps(d))
-    os.symlink(extra_data("bccd") / "images", folder / "images")
-    with pytest.raises(InputError, match="box .* has no width or height"): from_folder(folder, (48, 64), salt="s")
-    new, old = from_folder(folder, (48, 64), errors="skip", salt="s"), photographs(folder, (48, 64), errors="skip")
-    assert (new.images == old.images).all() and all(np.allclose(a, b, atol=1e-4) for a, b in zip(new.boxes, old.boxes)) and len(new.skipped) == 2
-    assert new.table.split.equals(old.table.split) and new.info.classes["boxes"] == ["RBC", "WBC", "Platelets"]
-    assert json.dumps(new.info.note).count("has no width or height") == 2
 
 
 def test_reading_raises_no_warning_by_itself(tmp_path):

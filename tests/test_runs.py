@@ -166,11 +166,39 @@ def test_shells_complete_commands(typed, offered):
     assert "complete" in script and "tasl" in script
 
 
-def test_every_command_has_examples():
+def commands(group, path=""):
+    "Every command with the words that call it."
+    for name, c in group.commands.items(): yield from commands(c, f"{path} {name}") if hasattr(c, "commands") else [(f"{path} {name}".strip(), c)]
+
+
+WANTED = {"run", "sweep", "demo", "lab", "objectives", "data list", "data check", "data fetch", "pretrain", "embed", "evaluate", "matrix", "gate",
+          "audit", "advise", "report", "doctor", "export", "runs list", "runs compare", "runs delete", "runs export"}
+
+
+def test_every_command_is_there_with_examples_and_json():
     import typer
 
     from tasl_lab import cli
+    there = dict(commands(typer.main.get_command(cli.app)))
+    assert set(there) >= WANTED
+    for name, c in there.items():
+        assert f"tasl {name}" in (c.epilog or ""), f"tasl {name} --help shows no example"
+        assert "--json" in [o for p in c.params for o in p.opts], f"tasl {name} has no --json"
+    told = call("--help").stdout
+    assert "Exit codes: 0 done; 1" in told and "--install-completion" in told
 
-    def commands(group, path=""):
-        for name, c in group.commands.items(): yield from commands(c, f"{path} {name}") if hasattr(c, "commands") else [(f"{path} {name}".strip(), c)]
-    for name, c in commands(typer.main.get_command(cli.app)): assert f"tasl {name}" in (c.epilog or ""), f"tasl {name} --help shows no example"
+
+def test_no_help_and_no_list_of_runs_waits_for_what_is_heavy(top):
+    "In one new process: the help of every command, then the runs of a folder."
+    import subprocess
+    import sys
+
+    import typer
+
+    from tasl_lab import cli
+    calls = [[*name.split(), "--help"] for name, _ in commands(typer.main.get_command(cli.app))] + [["runs", "list", str(top), "--json"]]
+    code = (f"import sys\nfrom typer.testing import CliRunner\nfrom tasl_lab import cli\n"
+            f"for c in {calls!r}: assert CliRunner().invoke(cli.app, c).exit_code == 0, c\n"
+            "print('heavy:', *[m for m in ('torch', 'monai', 'sklearn', 'plotly', 'papermill', 'dask') if m in sys.modules])")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.split() == ["heavy:"] and len(calls) > len(WANTED), ran.stdout + ran.stderr

@@ -2,10 +2,13 @@
 import numpy as np
 import pytest
 
-from tasl_lab.core import InputError
+from tasl_lab.config import PretrainConfig
+from tasl_lab.core import InputError, read_json
 from tasl_lab.data.brain import separation
 from tasl_lab.data.imageset import ImageSet
 from tasl_lab.data.sources import SAMPLES, build_samples, load, sample
+from tasl_lab.lab.lesson import curve_of, records
+from tasl_lab.training import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,8 @@ def test_files_hold_no_time(built, tmp_path):
 
 def test_samples_are_small_and_licensed(root):
     files = [p for p in (root / "data_samples").rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 4e6
+    weight = {runs: sum(p.stat().st_size for p in files if ("runs" in p.parts) == runs) for runs in (True, False)}
+    assert weight[False] < 4e6 and weight[True] < 20e6
     assert "Louis Collins" in (root / "data_samples" / "README.md").read_text() and "Louis Collins" in sample("brain").info.licence
 
 
@@ -49,3 +53,12 @@ def test_unknown_sources_are_named(name, words):
 
 def test_unknown_sample_is_named():
     with pytest.raises(InputError, match="brain or phantom"): sample("heart")
+
+
+def test_recorded_runs_are_whole():
+    "Each record names its pictures, holds to the schema of its configuration, and its encoder opens."
+    for folder in records().iterdir():
+        run = read_json(folder / "run.json")
+        assert {"name", "pictures", "size", "sha256"} <= set(run["data"]) and PretrainConfig.of(**run["config"]).identity(run["data"]["sha256"]) == run["id"]
+        assert len(curve_of(folder)) == run["config"]["steps"] == read_json(folder / "probes.json")[-1]["step"]
+        assert sum(p.numel() for p in load_encoder(folder, "cpu").parameters()) > 1e5

@@ -311,7 +311,7 @@ def test_144_notebooks_on_two_nodes(tmp_path):
 
 # --- faults ---------------------------------------------------------------------------------------------------------------------------
 
-N = 8
+N = 6
 
 
 def command(folder, out, *more):
@@ -349,7 +349,7 @@ def test_a_killed_kernel_fails_its_run_alone(tmp_path):
     once(out, before)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_run(tmp_path):
     "Its runs go to the other one, without another call."
     out = tmp_path / "out"
@@ -362,7 +362,7 @@ def test_a_killed_worker_costs_no_run(tmp_path):
         once(out, before)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_killed_scheduler_is_told_in_one_line_and_the_next_call_goes_on(tmp_path):
     out = tmp_path / "out"
     with Nodes(tmp_path / "nodes", threads=1) as nodes:
@@ -376,7 +376,7 @@ def test_a_killed_scheduler_is_told_in_one_line_and_the_next_call_goes_on(tmp_pa
     once(out, before)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "elsewhere"])
 def test_a_killed_sweep_leaves_no_process_and_the_next_call_goes_on(tmp_path, where):
     "Elsewhere the workers may still be at it when the next call comes."
@@ -453,3 +453,52 @@ def test_the_cluster_is_an_execute_and_survives_a_worker(tmp_path):
     assert [read_json(f / "run.json")["item"] for f in folders.values()] == [1, "die", 3] and sorted(t[1] for t in told) == [1, 2, 3]
     with pytest.raises(ValueError, match="this one fails"): execute({"a": 1, "d": "fail"}, tmp_path, partial(work, "well"))
     assert read_json(tmp_path / "a" / "run.json")["how"] == "well"
+
+
+@pytest.fixture
+def one_node():
+    "A cluster of one worker in this process, so that nothing has to be loaded anew; spoken to over TCP, as any other."
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None, memory_limit=0) as made:
+        yield made
+
+
+def told(command, out, *more):
+    "What a command says as JSON, without times and places."
+    def plain(x):
+        if isinstance(x, dict): return {k: plain(v) for k, v in x.items() if "seconds" not in k and k not in ("out", "tables")}
+        return [plain(v) for v in x if not (isinstance(v, dict) and v.get("cost") == "seconds")] if isinstance(x, list) else x
+    result = CliRunner().invoke(cli.app, [*command, "--quiet", "--json", "--out", str(out), *more])
+    assert result.exit_code == 0, result.output
+    return plain(json.loads(result.stdout))
+
+
+SMALL = {"pictures": 120, "size": 32,
+         "matrix": {"objectives": ["simclr"], "tasks": ["classification:class"], "labels": [24], "seeds": 2, "draws": 2, "steps": 3, "batch": 16,
+                    "finetune_steps": 2, "ceiling": False, "again": False}}
+COMMANDS = {"gate": ["gate", "--size", "32", "--pictures", "120", "--steps", "4", "--batch", "16", "--labels", "24", "--seeds", "2",
+                     "--objectives", "simclr", "--validation"],
+            "matrix": ["matrix", "--preset", "smoke"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_gate_and_matrix_say_the_same_on_a_cluster(name, tmp_path, monkeypatch, one_node):
+    from tasl_lab.alignment import gate, matrix
+    tuned, short = gate._tuned, {"finetune_steps": 2}
+    monkeypatch.setitem(matrix.PRESETS, "smoke", SMALL)
+    monkeypatch.setattr(gate, "_tuned", lambda encoder, data, config, *rest: tuned(encoder, data, config.model_copy(update=short), *rest))
+    here = told(COMMANDS[name], tmp_path / "here", "--width", "1")
+    monkeypatch.setattr("tasl_lab.training.execute", None)
+    there = told(COMMANDS[name], tmp_path / "there", "--cluster", one_node.scheduler_address)
+    assert here == there
+    items = {p.parent.name for p in (tmp_path / "there").rglob("gate.json" if name == "gate" else "item.json")}
+    ran = {str(t[0]).rpartition("-")[0] for t in one_node.scheduler.transition_log}
+    assert len(items) >= 4 and items <= ran, "every piece of work went over the scheduler"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_names_no_cluster_is_refused_before_any_work(name, tmp_path):
+    result = CliRunner().invoke(cli.app, [*COMMANDS[name], "--cluster", "moon", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.stderr.startswith("error: cluster 'moon' is unknown: use local, slurm, or the address")
+    assert not (tmp_path / "out").exists()

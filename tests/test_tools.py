@@ -78,7 +78,7 @@ def test_a_broken_link_is_found(docs, tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_whole_library(tmp_path):
-    for name in ("tasl_lab", "nbs/experiments", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("tasl_lab", "nbs/experiments", "nbs/lessons", "data_samples/runs", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir(): shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else: shutil.copy(source, tmp_path / name)

@@ -35,12 +35,13 @@ TIERS = {
     "fast": [
         Stage("in step", "python tests/in_step.py", 30),
         Stage("ruff", "ruff check nbs tests .ci", 10),
-        Stage("notebooks", f"{NBTEST} 300 --skip-folder-re '^([_.]|lessons$|experiments$)'", 360),
+        Stage("notebooks", f"{NBTEST} 300 --skip-folder-re '^([_.]|guide$|lessons$|experiments$)'", 360),
         Stage("pytest", f"{PYTEST} -n {WORKERS} --dist loadfile", 360),
         Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 120),
     ],
     "slow": [
-        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 180),
+        Stage("guide", f"{NBTEST} 600 nbs/guide", 90),
+        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 300),
         Stage("experiments", f"{NBTEST} 600 nbs/experiments", 360),
         Stage("docs", "python .ci/docs.py build", 180),
         Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1020),

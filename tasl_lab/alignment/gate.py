@@ -34,7 +34,7 @@ from ..objectives.collapse import collapse_note, readings
 from ..resources import Meter
 from ..tasks.features import extract
 from ..tasks.registry import STATISTICS, make_task
-from ..training import Diverged, Run, batch_ids, execute, load_checkpoint, load_encoder, pretrain
+from ..training import Diverged, Run, batch_ids, execute, load_checkpoint, load_encoder, pretrain, read_weights
 
 # %% ../../nbs/07_alignment/08_gate.ipynb #c3cdb6de
 EVERY = 50   # steps between checkpoints
@@ -103,10 +103,11 @@ def stage_items(
 # %% ../../nbs/07_alignment/08_gate.ipynb #bd08b63c
 def _steps_done(run_folder) -> int:
     "Steps of the checkpoint in a run folder; 0 where there is none."
-    from safetensors import safe_open
     path = Path(run_folder) / "checkpoint.safetensors"
     if not path.is_file(): return 0
-    with safe_open(str(path), "pt") as f: return int(f.metadata()["step"])
+    said = read_weights(path)[0].get("step", "")
+    require(said.isdecimal(), f"{path}: does not say at which step it was written: it is no checkpoint of ours, delete it to start anew")
+    return int(said)
 
 
 def begin(

@@ -106,6 +106,7 @@ def sizes_of(
     encoder,  # from `make_encoder` or `load_encoder`
 ) -> dict:
     "What its plain twin is made with."
+    require(encoder.name in ENCODERS, f"encoder {encoder.name!r} came from elsewhere: use its own library with the weights of the run")
     made = ENCODERS[encoder.name][1] | {"channels": encoder.in_channels, "dims": encoder.dims}
     return made | ({"size": encoder.position.shape[2] * encoder.patch} if "vit" in encoder.name else {})
 

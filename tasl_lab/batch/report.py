@@ -343,7 +343,9 @@ def _gate_section(results, store):
                  "over_scratch": "over scratch"}
         told = found[[c for c in shown if c in found]].rename(columns=shown)
         blocks.append(_rows(told.assign(passed=["yes" if p else "no" for p in found.passed]), "Decisions of the gate."))
-        if gate.get("savings") is not None: blocks.append(_rows(gate["savings"].rename(columns=_NAMES), "What the gate saved.", digits=2))
+        if gate.get("savings") is not None:
+            yes = {c: ["yes" if v else "no" for v in gate["savings"][c]] for c in gate["savings"] if gate["savings"][c].dtype == bool}
+            blocks.append(_rows(gate["savings"].assign(**yes).rename(columns=_NAMES), "What the gate saved.", digits=2))
     return blocks
 
 

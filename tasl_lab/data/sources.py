@@ -12,14 +12,18 @@ from pathlib import Path
 
 from ..core import require, rng, write_atomic
 from .brain import LICENCE, brain
-from .folder import from_folder
+from .decathlon import decathlon
+from .folders import TABLES
 from .imageset import ImageSet
+from .medmnist import medmnist
 from .phantom import PRESETS, phantom
+from .readers import suffix_of
 
 # %% ../../nbs/01_data/04_sources.ipynb #ae963cda
 def _from_path(path, size, errors):
-    "The set in a folder: saved by `ImageSet.save`, or read from pictures."
-    return ImageSet.load(path) if (path / "arrays.npz").is_file() else from_folder(path, size, errors)
+    "What lies at a path: a set saved by `ImageSet.save`, a table, a COCO file, or a folder of files."
+    if (path / "arrays.npz").is_file(): return ImageSet.load(path)
+    return (ImageSet.from_manifest if suffix_of(path) in TABLES else ImageSet.from_folder)(path, size, errors=errors, cut="axial")
 
 
 UNSEEN = ("east", .75, .045, 1.2)  # a scanner darker, noisier and less sharp than those of any preset: name, gain, noise, blur
@@ -34,26 +38,32 @@ def _phantom(n, size, preset, seed, unseen):
 def _check_path(name):
     "A name that is no source must be an existing path."
     near = get_close_matches(str(name), ["brain", "phantom", *(f"phantom:{p}" for p in PRESETS)], 1)
-    remedy = f"did you mean {near[0]!r}?" if near else "use brain, phantom, phantom:PRESET, folder:PATH, manifest:PATH, or the path of a folder"
+    known = "brain, phantom, phantom:PRESET, folder:PATH, manifest:PATH, medmnist:NAME, decathlon:TASK, or the path of a folder"
+    remedy = f"did you mean {near[0]!r}?" if near else f"use {known}"
     require(Path(name).exists(), f"source {str(name)!r} is neither a known name nor an existing path: {remedy}")
 
 
-_DOORS = {"folder": lambda path, size, errors: ImageSet.from_folder(path, size, errors=errors, cut="axial"),
+_DOORS = {"folder": lambda path, size, errors: _from_path(Path(path), size, errors),
           "manifest": lambda path, size, errors: ImageSet.from_manifest(path, size, errors=errors, cut="axial")}
 
 
+_PUBLIC = {"medmnist": lambda name, size, seed, n, errors: medmnist(name, size, n, seed),
+           "decathlon": lambda name, size, seed, n, errors: decathlon(name, size, n, seed, errors)}
+
+
 def load(
-    name,           # "brain", "phantom", "phantom:PRESET", "folder:PATH", "manifest:PATH", or a folder or COCO file
+    name,           # "brain", "phantom[:PRESET]", "folder:PATH", "manifest:PATH", "medmnist:NAME", "decathlon:TASK", or the path of a folder, COCO file, table
     size=64,        # height and width in pixels; a folder may also get (h, w), a saved set keeps its own
     seed=0,         # of what is computed, and of the choice of `n` pictures from a folder
     n=None,         # pictures; 1,800 where they are computed, all of a folder by default
-    errors="skip",  # unusable boxes of a COCO file: "skip" leaves them out and counts them in `info.note`, "raise" stops
+    errors="skip",  # what cannot be used: "skip" leaves it out and counts it in `info.note`, "raise" stops at the first
     unseen=False,   # phantoms: also test pictures from a scanner that training never saw
 ) -> ImageSet:
     "The set that `name` stands for; `InputError` for a name that is neither a source nor a path."
     source, _, preset = str(name).partition(":")
     if source == "brain" and not preset: return brain(1800 if n is None else n, size, seed)
     if source == "phantom": return _phantom(1800 if n is None else n, size, preset or "texture", seed, unseen)
+    if source in _PUBLIC and preset: return _PUBLIC[source](preset, size, seed, n, errors)
     if source not in _DOORS: _check_path(name)
     found = _DOORS[source](preset, size, errors) if source in _DOORS else _from_path(Path(name), size, errors)
     if n is None or n >= len(found): return found
@@ -74,6 +84,7 @@ sha256).
 |---|---|---|
 | `brain` | {brain}; one averaged template, for teaching and tests, not a cohort | notice below |
 | `phantom` | {phantom}; no patient was ever imaged | Apache-2.0, as the library |
+| `runs` | trainings recorded for the lessons: curves, probes, weights in half precision (`nbs/experiments/recorded.ipynb`) | Apache-2.0, as the library |
 
 Read one with `tasl_lab.data.sources.sample("brain")`. Build them again, with equal arrays, from the top of the repository:
 

@@ -51,11 +51,11 @@ def _log_axis(fig, values, title, row, col):
     fig.update_xaxes(type="log", tickvals=values, ticktext=[f"{v:,g}" for v in values], title_text=title, row=row, col=col)
 
 # %% ../../nbs/08_figures/04_curves.ipynb #21f48592
-def _trend_words(trends, task):
+def _trend_words(trends, task) -> list:
     "One sentence per arm of a panel, or none."
-    if trends is None: return ""
+    if trends is None: return []
     mine = trends[trends.task == task]
-    return " ".join(f"{r['arm']} {r['outcome']} ({number(r['slope'])} per doubling)." for r in mine.to_dict("records"))
+    return [f"{r['arm']} {r['outcome']} ({number(r['slope'])} per doubling)." for r in mine.to_dict("records")]
 
 
 def _from_to(panel, x, y, end=lambda arm: ""):
@@ -75,7 +75,9 @@ def label_curves(
     table = table[table[columns[0]].notna()]
     require(len(table) > 0, f"no arm was compared with {against}: there is nothing to draw")
     arms, panels, words = list(dict.fromkeys(table.arm)), list(table.groupby("task", sort=False)), []
-    fig, places, total = _grid(panels)
+    said = {task: _trend_words(trends, task) for task, _ in panels}
+    above = 24 + 19 * max(map(len, said.values()))      # px of a panel's title and what it says of its trends
+    fig, places, total = _grid(panels, gap=74 + above)
     for (task, panel), (row, col) in zip(panels, places, strict=True):
         for k, arm in enumerate(arms):
             part = panel[panel.arm == arm].sort_values("labels")
@@ -83,10 +85,10 @@ def label_curves(
         fig.add_hline(y=0, line=dict(color=INK, width=1), row=row, col=col)
         _log_axis(fig, panel.labels, "labelled pictures", row, col)
         fig.update_yaxes(title_text=f"{metric_name(panel.metric.iloc[0])}, gain over {against}", tickformat="+.2f", row=row, col=col)
-        panel_title(fig, row, col, task, _trend_words(trends, task), 60)
-        words.append(f"{task}: {_from_to(panel, 'labels', columns[0])}. {_trend_words(trends, task)}")
+        panel_title(fig, row, col, task, "\n".join(said[task]), 60)
+        words.append(f"{task}: {_from_to(panel, 'labels', columns[0])}. {' '.join(said[task])}")
     return apply(fig, f"Gain over {against} against labels", "Differences of the same seeds and test patients, with 95 % intervals. Dark line: no gain.",
-                 plot_height=total, top=64, bottom=64, right=170, alt="Label curves. " + " ".join(words))
+                 plot_height=total, top=20 + above, bottom=64, right=170, alt="Label curves. " + " ".join(words))
 
 # %% ../../nbs/08_figures/04_curves.ipynb #b7377511
 def _fitted(fig, fit, look, name, row, col):

@@ -146,11 +146,11 @@ def axes_of(
 def panel_title(
     fig, row, col,    # the panel
     text: str,        # plain text, bold
-    below: str = "",  # a second line, not bold
+    below: str = "",  # a second line, not bold, or several
     width: int = 42,  # characters a line
 ) -> None:
     "Write a title above a panel, flush with its left edge."
-    text = f"<b>{wrap(text, width)}</b>" + (f"<br>{wrap(below, width)}" if below else "")
+    text = f"<b>{wrap(text, width)}</b>" + "".join(f"<br>{wrap(line, width)}" for line in below.splitlines())
     x, y = axes_of(fig, row, col)
     fig.add_annotation(x=0, xref=f"{x} domain", xanchor="left", y=1, yref=f"{y} domain", yanchor="bottom", yshift=4, align="left",
                        text=text, font=dict(size=14, color=INK))
@@ -198,6 +198,7 @@ import sys; from playwright.sync_api import sync_playwright
 browser, page_url, out, width, height, *flags = sys.argv[1:]; size = dict(width=int(width), height=int(height))
 with sync_playwright() as p:
     b = p.chromium.launch(executable_path=browser, headless=True, args=flags); page = b.new_page(viewport=size)
+    page.set_default_timeout(100_000)
     page.goto(page_url); page.wait_for_selector('.main-svg'); page.add_style_tag(content='body{margin:0}'); page.wait_for_timeout(200)
     page.screenshot(path=out, clip=dict(x=0, y=0, **size)); b.close()
 """

@@ -6,20 +6,22 @@ function inked(el, name, otherwise) {
 }
 
 function render({ model, el }) {
-  const canvas = document.createElement("canvas"), said = document.createElement("div");
+  const canvas = document.createElement("canvas"), said = document.createElement("div"), gauge = document.createElement("div");
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "application");
   canvas.style.cssText = "display:block;max-width:100%;outline-offset:1px;touch-action:none";
   said.setAttribute("aria-live", "polite");
   said.style.cssText = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)";
+  gauge.style.cssText = "position:absolute;visibility:hidden;height:0;width:calc(100px * var(--tasl-scale, 1))";  // as wide as the page's text is large
   el.style.position = "relative";
-  el.append(canvas, said);
+  el.append(canvas, said, gauge);
   let sheet = null, cursor = null, focused = false, pen = false, stroke = null, asked = 0, told = 0;
 
   const g = name => model.get(name);
+  function font() { return g("font") * (gauge.offsetWidth / 100 || 1); }
   function size() {
     const captions = g("captions").length > 0, n = g("count"), columns = Math.max(1, Math.min(g("columns"), n || 1));
-    const w = g("width") * g("scale"), h = g("height") * g("scale"), foot = captions ? LINE * g("font") : 0;
+    const w = g("width") * g("scale"), h = g("height") * g("scale"), foot = captions ? LINE * font() : 0;
     return { n, columns, w, h, foot, stepX: w + GAP, stepY: h + foot + GAP, rows: Math.ceil(n / columns) };
   }
   function corner(s, i) { return [(i % s.columns) * s.stepX, Math.floor(i / s.columns) * s.stepY]; }
@@ -37,7 +39,7 @@ function render({ model, el }) {
     canvas.setAttribute("aria-label", g("alt"));
     ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
     ctx.imageSmoothingEnabled = false;
-    ctx.font = `${11 * g("font")}px ${inked(el, "--jp-ui-font-family", "sans-serif")}`;
+    ctx.font = `${11 * font()}px ${inked(el, "--jp-ui-font-family", "sans-serif")}`;
     ctx.textBaseline = "top";
     for (let i = 0; i < s.n; i++) {
       const [x, y] = corner(s, i);
@@ -152,9 +154,12 @@ function render({ model, el }) {
   for (const name of names) model.on(`change:${name}`, draw);
   const watch = new MutationObserver(draw);
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+  const larger = new ResizeObserver(draw);
+  larger.observe(gauge);
   load();
   return () => {
     watch.disconnect();
+    larger.disconnect();
     model.off("change:sheet", load);
     for (const name of names) model.off(`change:${name}`, draw);
   };

@@ -212,7 +212,7 @@ class Choose(Panel):
         session = data if isinstance(data, Session) else Session.of(data, **options)
         super().__init__(session, live)
         if config is not None: session.config = config
-        session.task, self.quiet, self.wish, self.maker, self.share, self.made = task or session.task, False, 0, None, .5, []
+        session.task, self.quiet, self.wish, self.maker, self.made = task or session.task, False, 0, None, []
         self.name, self.own = annotation_of(session.data, self.task) if self.task else ("", np.zeros((len(session.data), *session.data.spatial), np.uint8))
         self.index = next((int(i) for i in session.data.ids("train") if self.own[i].any()), 0)
 
@@ -258,7 +258,7 @@ def widgets(self:Choose):
     self.problem, self.card, self.seen, self.path = (HTML(layout=wide) for _ in range(4))
     self.seen.value = said("Views are being made …", "quiet", "status")
     more = Accordion([HTML(), self.path], titles=("Sample pictures", "The advisor's path"), layout=wide)
-    self.samples, slices = more.children[0], slicer(self.session.data, self._sliced)
+    self.samples, slices = more.children[0], slicer(self.session.data, self.sliced)
     self._sampled()
     right = VBox([self.problem, HTML("<h3>What the objective sees of this picture</h3>"), self.index_control, *slices, self.seen, self.card, more],
                  layout=dict(flex="2 1 520px", min_width="420px", padding="0 0 0 16px"))
@@ -274,12 +274,10 @@ def _sampled(self:Choose):
 
 
 @patch
-def _sliced(self:Choose, share):
-    "Another slice of the volumes; the views are not made anew."
-    with self.lock:
-        self.share = share
-        self._sampled()
-        if self.made: self.seen.value = views_page(self.made, self.name, share)
+def again(self:Choose):
+    "Draw the pictures once more; the views are not made anew."
+    self._sampled()
+    if self.made: self.seen.value = views_page(self.made, self.name, self.share)
 
 
 @patch

@@ -17,12 +17,12 @@ from ..alignment.embedding import as_colours, colour_of, disagreement, joint_axe
 from ..alignment.factors import factor_profile, profile_table
 from ..alignment.similarity import similarity_table
 from ..core import require
-from ..figures.embedding import embedding_maps, look_of, mark, repaint, theme
+from ..figures.embedding import mark, theme
 from ..figures.matrix import factor_profile as factor_figure
 from ..figures.style import alt, preview
 from .canvas import Page, PictureCanvas, slicer
-from .explore import counted, enlargement, facts, offered, outline_of, over_slice, several, sources_of, thumbnails, tried, unlassoed, untrained
-from .session import AT_REST, Panel, Session, closed, said
+from .explore import Maps, counted, enlargement, facts, offered, over_slice, sources_of, thumbnails, untrained
+from .session import AT_REST, Panel, Session, closed, said, tried
 from ..tasks.features import extract
 
 # %% ../../nbs/09_lab/06_compare.ipynb #1f5919db
@@ -42,8 +42,9 @@ def pair_name(a: str, b: str) -> str: return f"disagreement: {a}, {b}"
 SHOWN, MOST = 16, 4  # thumbnails, and encoders at once
 
 
-class Compare(Panel):
+class Compare(Maps):
     "Several encoders on the same pictures, with linked selection."
+    height = 280
 
     def __init__(self,
         what,                  # two or more encoders, run folders or runs, as a list or {name: one}; or a session
@@ -55,17 +56,9 @@ class Compare(Panel):
         seed: int = 0,         # of what is drawn by chance
         live: "bool|None" = None,  # with widgets; found out by itself
     ):
-        session = what if isinstance(what, Session) else None
-        super().__init__(session, live)
-        self.data, self.seed, self.device, self.cache = session.data if data is None else data, seed, device, cache
-        self.outline, self.share = outline_of(self.data), .5
-        every = self.data.ids() if ids is None else np.asarray(ids)
-        self.ids = every[some_rows(len(every), most, seed)]
-        self.patient = self.data.table.patient.to_numpy(str)[self.ids]
-        self.offers = offered(session) if session else {s.name: s for s in sources_of(what, self.data)}
+        super().__init__(what, data, ids, most, device, cache, seed, live)
         self._read([*self.offers][:MOST])
-        if self.live: self._parts()  # before the figure, whose five megabytes keep a browser from answering in time
-        self.figure = self._figure()
+        self._make()
 
     def _read(self, names):
         "Features and maps of some of the encoders that are offered."
@@ -76,14 +69,13 @@ class Compare(Panel):
         self.shown = list(names)
         self.banks = {s.name: extract(s.encoder, self.data, self.ids, self.device, cache=self.cache) for s in self.sources}
         self.names, self.maps = list(self.banks), {n: pca_map(b.pooled, seed=self.seed) for n, b in self.banks.items()}
-        self.kept, self.chosen, self.linked, self.at, self.viewer = {}, np.array([], int), None, None, None
+        self.kept, self.chosen, self.linked, self.at, self.viewer = {}, np.array([], int), {}, None, None
         self.by = pair_name(*self.names[:2])
 
     @property
     def choices(self) -> list:
         "What points can be coloured by."
-        able = [k for k, y in self.data.labels.items() if y.ndim == 1 and len(np.unique(y[self.ids][y[self.ids] >= 0])) > 1]
-        return [pair_name(a, b) for a, b in combinations(self.names, 2)] + [f"right: {k}" for k in able] + known_of(self.data)
+        return [pair_name(a, b) for a, b in combinations(self.names, 2)] + [f"right: {k}" for k in self.able] + known_of(self.data)
 
     def values(self, by=None) -> np.ndarray:  # (n,)
         "A property of the pictures."
@@ -98,26 +90,19 @@ class Compare(Panel):
 
 # %% ../../nbs/09_lab/06_compare.ipynb #ed9b1ed3
 @patch
-def look(self:Compare): return look_of({n: self.values() for n in self.names}, self.by)
+def showing(self:Compare) -> dict: return {n: self.values() for n in self.names}
 
 
 @patch
-def _figure(self:Compare):
-    "A map per encoder, live where somebody looks."
-    fig = embedding_maps({n: m.xy for n, m in self.maps.items()}, self.look(), {n: m.words for n, m in self.maps.items()}, 280, 980)
-    if not self.live: return fig
-    import plotly.graph_objects as go
-    live = go.FigureWidget(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
-    for k in range(len(self.names)):
-        live.data[2 * k].on_selection(lambda trace, points, _: self.select(points.point_inds) if points.point_inds else self._relink())
-        live.data[2 * k].on_click(lambda trace, points, _: points.point_inds and self.point(points.point_inds[0]))
-    return live
+def pick(self:Compare, name, points): self.select(points)
 
 
 @patch
-def _change(self:Compare):
-    from contextlib import nullcontext
-    return self.figure.batch_update() if self.live else nullcontext()
+def peek(self:Compare, name, place): self.point(place)
+
+
+@patch
+def show_picture(self:Compare, i): return self.point(int(np.flatnonzero(self.ids == i)[0]))
 
 
 @patch
@@ -126,22 +111,11 @@ def select(self:Compare, points) -> np.ndarray:
     with self.lock:
         points = np.asarray(points, int)
         self.chosen = self.ids[points]
-        table = self.data.table.iloc[self.chosen]
-        groups = ", ".join(several(table[c].nunique(), c) for c in ("patient", "site"))
-        self.said = f"{len(points):,} of {len(self.ids):,} pictures, {groups}. {self.by}: {counted(self.values()[points])}." if len(points) else \
+        self.said = f"{len(points):,} of {len(self.ids):,} pictures, {self._counted()}. {self.by}: {counted(self.values()[points])}." if len(points) else \
             "Nothing is selected: draw around some points of any map."
         if self.box is not None: self._draw_selection()
-        self.linked = points if len(points) else None
-        unlassoed(self.figure)
-        self._relink()
+        self._link({2 * k: points if len(points) else None for k in range(len(self.names))})
         return self.chosen
-
-
-@patch
-def _relink(self:Compare):
-    "Choose once more what is chosen, on all maps; see `Explore`."
-    with self._change():
-        for k in range(len(self.names)): self.figure.data[2 * k].selectedpoints = self.linked
 
 
 @patch
@@ -170,7 +144,7 @@ def point(self:Compare, place: int) -> dict:  # {encoder: pictures, nearest firs
 @patch
 def _draw_point(self:Compare):
     "The picture and its neighbours by each encoder, and joint colours of its patches."
-    self.facts.value = said(self.told, "quiet", "status")
+    self.facts.value, self.controls["number"].value = said(self.told, "quiet", "status"), self.at
     for n, canvas in self.rows.items():
         tiles = [self.coloured()[n], *thumbnails(self.data, [self.at, *self.near[n]], self.outline, 64, share=self.share)]
         canvas.set(tiles, f"{n}: joint colours of the picture, the picture and its nearest.", ["joint colours", "picture", *map(str, self.near[n])])
@@ -215,17 +189,6 @@ def profile(self:Compare) -> pd.DataFrame:
             for n, b in self.banks.items()]
     return profile_table(pd.concat(rows, ignore_index=True), self.data.info.name)
 
-
-@patch
-def colour(self:Compare, by: str):
-    "Colour the points by another property."
-    require(by in self.choices, f"points cannot be coloured by {by!r}: use one of {', '.join(self.choices)}")
-    with self.lock:
-        self.by = by
-        look = self.look()
-        with self._change(): repaint(self.figure, look)
-        if self.box is not None: self.summary.value = said(alt(self.figure), "quiet")
-
 # %% ../../nbs/09_lab/06_compare.ipynb #e875ee14
 def as_html(table, caption: str) -> str:
     "A small table as HTML."
@@ -252,7 +215,7 @@ def _encoders(self:Compare):
                              tooltip=f"two to {MOST}, with Ctrl or Shift", layout=dict(width="min(460px, 100%)"))
     again = Button(description="Compare these", tooltip="Read these encoders at their last step", layout=dict(width="auto"))
     tell = lambda text: setattr(self.news, "value", said(text, "problem", "alert"))
-    again.on_click(tried(self, lambda _: self.compare(several.value), tell))
+    again.on_click(tried(lambda _: self.compare(several.value), tell))
     self.picker = dict(encoders=several, again=again)
     return [HBox([several, again], layout=dict(flex_flow="row wrap", align_items="flex-end"))]
 
@@ -279,8 +242,7 @@ def compare(self:Compare, names):
     require(2 <= len(names) <= MOST, f"{len(names)} encoders were chosen: choose two to {MOST}")
     with self.lock:
         self._read(names)
-        if self.live: self._parts()
-        self.figure = self._figure()
+        self._make()
         if self.box is not None: self._fill()
         if self.live: self.news.value = said(f"Compared: {', '.join(self.names)}.", "quiet", "status")
 
@@ -288,37 +250,23 @@ def compare(self:Compare, names):
 @patch
 def _fill(self:Compare):
     "The maps and all below them, for the encoders that are compared."
-    from ipywidgets import HTML, Button, Dropdown, HBox, ToggleButtons, VBox
-    fails, old, tight = self._fail, self.body.children, dict(width="auto")
-    pick = Dropdown(description="Colour", options=self.choices, value=self.by, layout=dict(width="min(460px, 100%)"))
-    pick.observe(tried(self, lambda c: self.colour(c["new"]), fails), "value")
-    self.mouse = ToggleButtons(options=["Lasso", "Point"], style=dict(button_width="auto"))
-    self.mouse.observe(lambda c: self.figure.update_layout(dragmode={"Lasso": "lasso", "Point": "pan"}[c["new"]]), "value")
+    from ipywidgets import HTML, Button, HBox, VBox
+    old, tight = self.body.children, dict(width="auto")
+    pick, group, mouse, clear, number = self._common()
     more, self.room = Button(description="Factors", tooltip="Which generating factors each encoder holds", layout=tight), VBox()
-    more.on_click(tried(self, lambda _: self._factors(), fails))
+    more.on_click(tried(lambda _: self._factors(), self.fail))
     masks = Button(description="Segmentation", tooltip="The mask that a dense probe of each encoder predicts, beside the true one", layout=tight)
-    masks.on_click(tried(self, lambda _: self.segmentation(), fails))
-    clear = Button(description="Clear", tooltip="Select nothing", layout=tight)
-    clear.on_click(tried(self, lambda _: self.select([]), fails))
-    self.controls = dict(colour=pick, factors=more, masks=masks)
-    self.summary.value = said(alt(self.figure), "quiet")
+    masks.on_click(tried(lambda _: self.segmentation(), self.fail))
+    self.controls |= dict(factors=more, masks=masks)
+    self._describe()
     tables = HBox([HTML(as_html(self.similarities().set_index(["a", "b"]), "similarity of encoders")), HTML(as_html(self.rights(), "who is right"))],
                   layout=dict(flex_flow="row wrap", grid_gap="32px"))
     pairs = [w for n, c in self.rows.items() for w in (HTML(f"<h4>{escape(n)}: nearest in the original space</h4>"), c)]
-    slices = slicer(self.data, tried(self, self._sliced, fails))
-    buttons = HBox([pick, self.mouse, clear, *[more] * (self.data.factors.shape[1] > 0), *[masks] * (self.outline is not None), *slices],
+    slices = slicer(self.data, tried(self.sliced, self.fail))
+    buttons = HBox([pick, group, mouse, clear, number, *[more] * (self.data.factors.shape[1] > 0), *[masks] * (self.outline is not None), *slices],
                    layout=dict(flex_flow="row wrap"))
     self.body.children = (buttons, self.figure, self.words, self.sheet, self.facts, *pairs, self.room, tables, self.summary, self.page)
     for w in old: closed(w)
-
-
-@patch
-def _sliced(self:Compare, share):
-    "Another slice of the volumes."
-    with self.lock:
-        self.share = share
-        if len(self.chosen): self._draw_selection()
-        if self.at is not None: self._draw_point()
 
 
 @patch
@@ -341,7 +289,7 @@ def close(self:Compare):
 
 
 @patch
-def _fail(self:Compare, text): self.words.value = said(text, "problem", "alert")
+def fail(self:Compare, text): self.words.value = said(text, "problem", "alert")
 
 
 @patch
@@ -351,29 +299,25 @@ def _parts(self:Compare):
     self.words, self.facts = HTML(said("Draw around some points of any map.", "note", "status")), HTML(said("Click a point.", "quiet", "status"))
     self.sheet, self.page, self.summary = PictureCanvas(scale=1, columns=16), Page(), HTML()
     self.rows = {n: PictureCanvas(scale=1, columns=8) for n in self.names}
-    for n, canvas in self.rows.items(): canvas.observe(tried(self, lambda c, n=n: self._clicked(n, c["new"]["index"]), self._fail), "clicked")
+    for n, canvas in self.rows.items(): canvas.observe(tried(lambda c, n=n: self._clicked(n, c["new"]["index"]), self.fail), "clicked")
     self.page.observe(lambda c: self._themed(c["new"]), "dark")
 
 
 @patch
 def _clicked(self:Compare, name, index):
     "A neighbour becomes the picture that is looked at."
-    if index > 1: self.point(int(np.flatnonzero(self.ids == self.near[name][index - 2])[0]))
-
-
-@patch
-def _themed(self:Compare, dark):
-    with self.lock, self._change(): theme(self.figure, dark)
+    if index > 1: self.show_picture(self.near[name][index - 2])
 
 
 @patch
 def _factors(self:Compare):
     import plotly.graph_objects as go
+    from ipywidgets import HTML
     fig = factor_figure(self.profile())
-    shown = go.FigureWidget(fig.update_layout(autosize=True))
+    words, shown = HTML(said(alt(fig), "quiet")), go.FigureWidget(fig.update_layout(autosize=True))
     theme(shown, self.page.dark)
     self.page.observe(lambda c: theme(shown, c["new"]), "dark")
-    self.room.children = (shown,)
+    self.room.children = (shown, words)
 
 
 @patch

@@ -19,8 +19,7 @@ from ..figures.curves import gate_plot, label_curves, scale_curves
 from ..figures.matrix import comparisons_plot, factor_profile, forest, matrix_heatmap
 from ..figures.style import alt, preview, to_png
 from ..figures.tree import regret_bars, tree_print
-from .explore import tried
-from .session import Panel, Session, said
+from .session import Panel, Session, said, tried
 
 # %% ../../nbs/09_lab/07_decide.ipynb #f1e14172
 WIDTH = 980  # pixels of a figure, as in the docs; a page narrower than that scrolls it
@@ -271,7 +270,7 @@ def widgets(self:Decide):
     place = Dropdown(description="Table", options=[("none", "")], layout=dict(width="min(360px, 100%)"))
     place.observe(lambda c: None if self.quiet else self.show_view(place=c["new"]), "value")
     folder, take = Text("exports", description="Folder", layout=dict(width="240px")), Button(description="Export", tooltip="Figure, table and command as files")
-    take.on_click(tried(self, lambda _: self._exported(folder.value), tell))
+    take.on_click(tried(lambda _: self._exported(folder.value), tell))
     self.controls = dict(view=view, against=against, place=place, folder=folder, export=take)
     self.room, self.note, self.words, self.more, self.command_text, self.quiet = VBox(), HTML(), HTML(), HTML(), HTML(), False
     self.room.add_class("tasl-paper")

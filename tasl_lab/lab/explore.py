@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'SHOWN', 'Source', 'untrained', 'offered', 'sources_of', 'outline_of', 'enlargement', 'thumbnails',
-           'over_slice', 'facts', 'several', 'counted', 'Explore', 'unlassoed', 'tried', 'viewers']
+           'over_slice', 'facts', 'several', 'counted', 'groups_of', 'unlassoed', 'Maps', 'Explore', 'viewers']
 
 # %% ../../nbs/09_lab/04_explore.ipynb #c04fb640
 import threading
@@ -35,7 +35,7 @@ from ..core import require
 from ..figures.embedding import embedding_maps, look_of, mark, outlined, over_picture, remap, repaint, theme
 from ..figures.style import alt, preview
 from .canvas import Page, PictureCanvas, slice_at, slicer
-from .session import Job, Panel, Session, encoder_at, found, said
+from .session import Job, Panel, Session, encoder_at, found, said, tried
 from ..tasks.features import extract
 
 # %% ../../nbs/09_lab/04_explore.ipynb #3a5f579c
@@ -158,13 +158,185 @@ def counted(values, most: int = 5) -> str:
     more = f", {len(names) - most} more kinds" if len(names) > most else ""
     return ", ".join(f"{names[i]} {counts[i]}" for i in order[:most]) + more
 
+# %% ../../nbs/09_lab/04_explore.ipynb #56a00620
+def groups_of(
+    values,         # (n,) texts or floats
+    most: int = 12,  # groups of texts
+) -> dict:          # {words: places}
+    "Places that show the same: the most frequent texts, or the quarters of numbers."
+    values = np.asarray(values)
+    if values.dtype.kind == "f":
+        ends = np.unique(np.quantile(values[np.isfinite(values)], [0, .25, .5, .75, 1])) if np.isfinite(values).any() else []
+        return {f"{a:.3g} to {b:.3g}": np.flatnonzero((values >= a) & (values <= b)) for a, b in zip(ends, ends[1:])}
+    names, counts = np.unique(values, return_counts=True)
+    return {f"{names[i]} ({counts[i]:,})": np.flatnonzero(values == names[i]) for i in np.argsort(-counts, kind="stable")[:most]}
+
+
+def unlassoed(fig) -> None:
+    "Take the line of a lasso away: while it is there, the page chooses by it and by nothing else. Python does not know of it, so this is sent as it is."
+    if hasattr(fig, "_send_relayout_msg"): fig._send_relayout_msg({"selections": []})
+
+# %% ../../nbs/09_lab/04_explore.ipynb #0d30c04a
+class Maps(Panel):
+    "Maps of the same pictures by one or several encoders; a subclass has `_read`, `_parts`, `showing`, `choices`, `pick`, `peek`, `show_picture` and `fail`."
+    apart = False                 # do the maps show different points?
+    height, width, above = 300, 980, 0  # px of the plotting area, of the page at least, and more for words above the maps
+
+    def __init__(self, what, data, ids, most, device, cache, seed, live):
+        session = what if isinstance(what, Session) else None
+        super().__init__(session, live)
+        self.data, self.seed, self.device, self.cache, self.linked, self.controls = session.data if data is None else data, seed, device, cache, {}, {}
+        every = self.data.ids() if ids is None else np.asarray(ids)
+        self.ids = every[some_rows(len(every), most, seed)]
+        self.sampled, self.outline = said_of(len(self.ids), len(every)), outline_of(self.data)
+        self.patient = self.data.table.patient.to_numpy(str)[self.ids]
+        self.offers = offered(session) if session else {s.name: s for s in sources_of(what, self.data)}
+
+    @property
+    def able(self) -> list:
+        "Labels that a probe can learn from these pictures."
+        return [k for k, y in self.data.labels.items() if y.ndim == 1 and len(np.unique(y[self.ids][y[self.ids] >= 0])) > 1]
+
+    def groups(self) -> dict:  # {words: (map, places)}
+        "Points that show the same, by what they show."
+        return {(f"{k}: " if self.apart else "") + words: (k, places) for k, v in self.showing().items() for words, places in groups_of(v).items()}
+
+    def look(self):
+        "Colour and symbol of the points that are on the maps."
+        return look_of(self.showing(), self.by)
+
+    def colour(self,
+        by: str,  # one of `choices`
+    ):
+        "Colour the points by another property."
+        require(by in self.choices, f"points cannot be coloured by {by!r}: use one of {', '.join(self.choices)}")
+        with self.lock:
+            self.by = by
+            look = self.look()
+            with self._change(): repaint(self.figure, look)
+            self._describe()
+
+# %% ../../nbs/09_lab/04_explore.ipynb #ab426c6a
+@patch
+def _make(self:Maps):
+    "The maps, live where somebody looks."
+    if self.live: self._parts()  # before the figure, whose five megabytes keep a browser from answering in time
+    fig = embedding_maps({k: m.xy for k, m in self.maps.items()}, self.look(), {k: m.words for k, m in self.maps.items()}, self.height, self.width)
+    fig.update_layout(margin_t=fig.layout.margin.t + self.above, height=fig.layout.height + self.above)
+    self.figure = self._alive(fig) if self.live else fig
+
+
+@patch
+def _alive(self:Maps, fig):
+    "A figure that hears the mouse."
+    import plotly.graph_objects as go
+    live = go.FigureWidget(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
+    for i, k in enumerate(self.maps):
+        live.data[2 * i].on_selection(lambda trace, points, _, k=k: self._lassoed(k, points.point_inds))
+        live.data[2 * i].on_hover(lambda trace, points, _, k=k: self._hovered(k, points.point_inds))
+        live.data[2 * i].on_click(lambda trace, points, _, k=k: points.point_inds and self.peek(k, points.point_inds[0]))
+    return live
+
+
+@patch
+def _lassoed(self:Maps, k, points):
+    "The end of a lasso; the page answers it with an empty selection, which would pale all points."
+    if not points: return self._relink()
+    self.controls["group"].value = None
+    self.pick(k, points)
+
+
+@patch
+def _hovered(self:Maps, k, points): "Pointing without a click."
+
+
+@patch
+def _change(self:Maps):
+    "A live figure sends what changes within as one message; a plain one has nothing to send."
+    from contextlib import nullcontext
+    return self.figure.batch_update() if self.live else nullcontext()
+
+
+@patch
+def _link(self:Maps, linked: dict):
+    "Choose points on the maps: {trace: places, or None for no choice}."
+    self.linked = linked
+    unlassoed(self.figure)
+    self._relink()
+
+
+@patch
+def _relink(self:Maps):
+    "Choose once more what is chosen."
+    with self._change():
+        for k, chosen in self.linked.items(): self.figure.data[k].selectedpoints = chosen
+
+
+@patch
+def _themed(self:Maps, dark):
+    with self.lock, self._change(): theme(self.figure, dark)
+
+
+@patch
+def _describe(self:Maps):
+    "The text alternative of the figure, and the groups that its colour makes."
+    if not self.live: return
+    self.summary.value = said(alt(self.figure), "quiet")
+    if self.controls: self.controls["group"].options = self._group_options()
+
+
+@patch
+def _group_options(self:Maps): return [("by hand", None), *((words, words) for words in self.groups())]
+
+
+@patch
+def again(self:Maps):
+    "Draw the pictures that are shown once more."
+    if len(self.chosen): self._draw_selection()
+    if self.at is not None: self._draw_point()
+
+
+@patch
+def _counted(self:Maps) -> str:
+    "Patients and sites of the chosen pictures."
+    table = self.data.table.iloc[self.chosen]
+    return ", ".join(several(table[c].nunique(), c) for c in ("patient", "site"))
+
+# %% ../../nbs/09_lab/04_explore.ipynb #852d41c3
+@patch
+def _common(self:Maps) -> list:
+    "Controls of all maps: what colours them, what is chosen, what the mouse does, nothing chosen."
+    from ipywidgets import Button, Dropdown, IntText, ToggleButtons
+    pick = Dropdown(description="Colour", options=self.choices, value=self.by, layout=dict(width="min(380px, 100%)"))
+    pick.observe(tried(lambda c: self.colour(c["new"]), self.fail), "value")
+    group = Dropdown(description="Select", options=self._group_options(), tooltip="Points that show the same; or draw around some",
+                     layout=dict(width="min(300px, 100%)"))
+    group.observe(tried(lambda c: c["new"] and self.pick(*self.groups()[c["new"]]), self.fail), "value")
+    self.mouse = ToggleButtons(options=["Lasso", "Point"], tooltips=["draw around points", "hover or click"], style=dict(button_width="auto"))
+    self.mouse.observe(lambda c: self.figure.update_layout(dragmode={"Lasso": "lasso", "Point": "pan"}[c["new"]]), "value")
+    clear = Button(description="Clear", tooltip="Select nothing", layout=dict(width="auto"))
+    clear.on_click(tried(lambda _: self.pick(next(iter(self.maps)), []), self.fail))
+    number = IntText(int(self.ids[0]), description="Picture", tooltip="Number of the picture to look at", layout=dict(width="220px"))
+    number.observe(tried(lambda c: self._numbered(c["new"]), self.fail), "value")
+    self.controls = dict(colour=pick, group=group, clear=clear, number=number)
+    return [pick, group, self.mouse, clear, number]
+
+
+@patch
+def _numbered(self:Maps, i):
+    "Look at the picture with this number."
+    if i == self.at: return
+    require(i in self.ids, f"picture {i} is not on the maps: there are {len(self.ids):,}, from {self.ids.min()} to {self.ids.max()}")
+    self.show_picture(i)
+
 # %% ../../nbs/09_lab/04_explore.ipynb #1a5db364
 PANELS = ("pictures", "patches")
 SHOWN = 24  # thumbnails of a selection
 
 
-class Explore(Panel):
+class Explore(Maps):
     "Maps of pictures and of patches by one encoder, with the pictures behind the points."
+    apart, width, above = True, 700, 34  # beside the side panel the words above a map take five lines
 
     def __init__(self,
         what,                  # an encoder, the folder of a run, or a run; several to choose from; or a session
@@ -177,18 +349,11 @@ class Explore(Panel):
         seed: int = 0,         # of what is drawn by chance
         live: "bool|None" = None,  # with widgets; found out by itself
     ):
-        session = what if isinstance(what, Session) else None
-        super().__init__(session, live)
-        self.data, self.seed, self.cache, self.device, self.wish = session.data if data is None else data, seed, cache, device, level
-        every = self.data.ids() if ids is None else np.asarray(ids)
-        self.ids, self.jobs, self.threads, self.last, self.closer = every[some_rows(len(every), most, seed)], {}, [], 0., None
-        self.linked, self.share, self.where = {}, .5, None  # what is chosen, by trace; slice of a volume; panel and row of the point that is looked at
-        self.sampled, self.outline = said_of(len(self.ids), len(every)), outline_of(self.data)
+        super().__init__(what, data, ids, most, device, cache, seed, live)
+        self.wish, self.jobs, self.threads, self.last, self.closer = level, {}, [], 0., None
         self.by = known_of(self.data)[0] if known_of(self.data) else "patient"
-        self.offers = offered(session) if session else {s.name: s for s in sources_of(what, self.data)}
         self._read(next(iter(self.offers)))
-        if self.live: self._parts()  # before the figure, whose five megabytes keep a browser from answering in time
-        self.figure = self._figure()
+        self._make()
 
     def _read(self, name: str):
         "Features, patches and first maps of an encoder."
@@ -200,17 +365,22 @@ class Explore(Panel):
         self.features = {"pictures": self.bank.pooled, "patches": self.patches.z}
         self.totals = {"pictures": len(self.ids), "patches": self.patches.total}
         self.maps = self._components()
-        self.kept, self.chosen, self.places, self.at, self.where = {}, np.array([], int), {}, None, None
+        self.kept, self.chosen, self.places, self.at = {}, np.array([], int), {}, None
+        self.where, self.rings = None, ()  # panel and row of the point that is looked at, and rows of its neighbours
 
     def _components(self):
         "Maps by principal components."
         return {k: pca_map(z, seed=self.seed, what=k, total=self.totals[k]) for k, z in self.features.items()}
 
     @property
+    def seen(self) -> int:
+        "The picture that is looked at, or the first."
+        return int(self.ids[0]) if self.at is None else self.at
+
+    @property
     def choices(self) -> list:
         "What points can be coloured by."
-        able = [k for k, y in self.data.labels.items() if y.ndim == 1 and len(np.unique(y[self.ids][y[self.ids] >= 0])) > 1]
-        return known_of(self.data) + ["patient"] + [f"{kind}: {k}" for k in able for kind in ("prediction", "error")]
+        return known_of(self.data) + ["patient"] + [f"{kind}: {k}" for k in self.able for kind in ("prediction", "error")]
 
 
 def _about(bank, side):
@@ -224,7 +394,7 @@ def values(self:Explore, by=None) -> dict:  # {panel: (n,) texts or floats}
     by = by or self.by
     if by not in self.kept:
         kind, _, name = by.partition(": ")
-        if by == "patient": own = self.data.table.patient.to_numpy(str)[self.ids]
+        if by == "patient": own = self.patient
         elif kind in ("prediction", "error"): own = predicted(self.bank.pooled, self.data, self.ids, name, self.seed)[kind == "error"]
         else: own = colour_of(self.data, self.ids, by)
         masked = kind == "mask" and name in self.data.masks
@@ -234,38 +404,19 @@ def values(self:Explore, by=None) -> dict:  # {panel: (n,) texts or floats}
 
 
 @patch
-def look(self:Explore):
-    "Colour and symbol of the points that are on the maps."
-    return look_of({k: v[self.maps[k].rows] for k, v in self.values().items()}, self.by)
+def showing(self:Explore) -> dict:  # {panel: (n,) texts or floats}
+    "What the points that are on the maps show."
+    return {k: v[self.maps[k].rows] for k, v in self.values().items()}
 
 
 @patch
-def _figure(self:Explore):
-    "Both maps, live where somebody looks."
-    fig = embedding_maps({k: m.xy for k, m in self.maps.items()}, self.look(), {k: m.words for k, m in self.maps.items()}, 300, 700)
-    if not self.live: return fig
-    import plotly.graph_objects as go
-    fig.update_layout(autosize=True, margin_t=112, height=fig.layout.height + 34, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-    live = go.FigureWidget(fig)  # beside the side panel the words above a map take five lines
-    for i, panel in enumerate(PANELS):
-        live.data[2 * i].on_selection(lambda trace, points, _, p=panel: self.select(p, points.point_inds) if points.point_inds else self._relink())
-        live.data[2 * i].on_hover(lambda trace, points, _, p=panel: self._hovered(p, points.point_inds))
-        live.data[2 * i].on_click(lambda trace, points, _, p=panel: points.point_inds and self.point(p, points.point_inds[0]))
-    return live
+def pick(self:Explore, panel, points): self.select(panel, points)
+
+
+@patch
+def peek(self:Explore, panel, place): self.point(panel, place)
 
 # %% ../../nbs/09_lab/04_explore.ipynb #9618c4a8
-def unlassoed(fig) -> None:
-    "Take the line of a lasso away: while it is there, the page chooses by it and by nothing else. Python does not know of it, so this is sent as it is."
-    if hasattr(fig, "_send_relayout_msg"): fig._send_relayout_msg({"selections": []})
-
-
-@patch
-def _change(self:Explore):
-    "A live figure sends what changes within as one message; a plain one has nothing to send."
-    from contextlib import nullcontext
-    return self.figure.batch_update() if self.live else nullcontext()
-
-
 @patch
 def select(self:Explore,
     panel: str,  # "pictures" or "patches"
@@ -286,36 +437,26 @@ def _select(self:Explore, panel, rows, points):
         else: self.chosen, self.places = self.ids[rows], {}
         self.said = self._selected(panel, rows)
         self._draw_selection()
-        self._link(panel, points)
+        self._on_both(panel, points)
         return self.chosen
 
 
 @patch
-def _link(self:Explore, panel, points):
+def _on_both(self:Explore, panel, points):
     "The same pictures are chosen on the other map."
     other = next(p for p in PANELS if p != panel)
     rows = self.maps[other].rows
     there = np.flatnonzero(np.isin(self.ids[rows if other == "pictures" else self.patches.picture[rows]], self.chosen))
-    self.linked = {2 * PANELS.index(k): chosen if len(points) else None for k, chosen in ((panel, points), (other, there))}
-    unlassoed(self.figure)
-    self._relink()
-
-
-@patch
-def _relink(self:Explore):
-    "Choose once more what is chosen: the page answers the end of a lasso with an empty selection, which would pale all points."
-    with self._change():
-        for k, chosen in self.linked.items(): self.figure.data[k].selectedpoints = chosen
+    self._link({2 * PANELS.index(k): chosen if len(points) else None for k, chosen in ((panel, points), (other, there))})
 
 
 @patch
 def _selected(self:Explore, panel, rows) -> str:
     "The selection in words."
     if not len(rows): return "Nothing is selected: draw around some points."
-    table, what = self.data.table.iloc[self.chosen], "" if panel == "pictures" else f"{len(rows):,} patches in "
+    what = "" if panel == "pictures" else f"{len(rows):,} patches in "
     more = f"; {SHOWN} are shown" if len(self.chosen) > SHOWN else ""
-    groups = ", ".join(several(table[c].nunique(), c) for c in ("patient", "site"))
-    return (f"{what}{len(self.chosen):,} of {len(self.ids):,} pictures, {groups}. "
+    return (f"{what}{len(self.chosen):,} of {len(self.ids):,} pictures, {self._counted()}. "
             f"{self.by}: {counted(self.values()[panel][rows])}{more}.")
 
 
@@ -350,19 +491,19 @@ def show_picture(self:Explore,
     "Show a picture, and those whose features are nearest, of other patients where there are any."
     with self.lock:
         panel, row = where or ("pictures", int(np.flatnonzero(self.ids == i)[0]))
-        patient = self.data.table.patient.to_numpy()[self.ids]
-        patient = patient if panel == "pictures" else patient[self.patches.picture]
+        patient = self.patient if panel == "pictures" else self.patient[self.patches.picture]
         near, cosine = nearest(self.features[panel], row, 8, patient if len(np.unique(patient)) > 1 else None)
         pictures = self.ids[near if panel == "pictures" else self.patches.picture[near]]
-        self.at, self.near, self.where = i, pictures, (panel, row)
+        self.at, self.near, self.where, self.rings = i, pictures, (panel, row), near
         self.told = f"{facts(self.data, i)}. Nearest {panel}, cosine {cosine[0]:.2f} to {cosine[-1]:.2f}: {', '.join(map(str, pictures))}."
-        self._draw_point(panel, row, near)
+        self._draw_point()
         return pictures
 
 
 @patch
-def _draw_point(self:Explore, panel, row, near):
+def _draw_point(self:Explore):
     "Rings on the map, the picture and its neighbours beside it."
+    (panel, row), near = self.where, self.rings
     place = {int(r): j for j, r in enumerate(self.maps[panel].rows)}
     own = [place[int(r)] for r in (row, *near) if int(r) in place]
     with self._change():
@@ -374,7 +515,7 @@ def _draw_point(self:Explore, panel, row, near):
     self.big.set(thumbnails(self.data, [self.at], self.outline, 160, frames, grid, self.share), self.told)
     names = [f"{j}: {n}" for j, n in enumerate(self.near, 1)]
     self.others.set(thumbnails(self.data, self.near, self.outline, 64, frames, grid, self.share), f"The nearest {panel} in the original space.", names)
-    self.facts.value = said(self.told, "quiet", "status")
+    self.facts.value, self.controls["number"].value = said(self.told, "quiet", "status"), self.at
 
 
 @patch
@@ -383,25 +524,6 @@ def _hovered(self:Explore, panel, points):
     if len(points) and time.monotonic() - self.last > .25: self.point(panel, points[0])
 
 # %% ../../nbs/09_lab/04_explore.ipynb #e78615ea
-@patch
-def colour(self:Explore,
-    by: str,  # one of `choices`
-):
-    "Colour the points by another property."
-    require(by in self.choices, f"points cannot be coloured by {by!r}: use one of {', '.join(self.choices)}")
-    with self.lock:
-        self.by = by
-        look = self.look()
-        with self._change(): repaint(self.figure, look)
-        self._describe()
-
-
-@patch
-def _describe(self:Explore):
-    "The text alternative of the figure."
-    if self.live and self.box is not None: self.summary.value = said(alt(self.figure), "quiet")
-
-
 @patch
 def _place(self:Explore, maps: dict):
     "Show other maps."
@@ -518,44 +640,30 @@ def close(self:Explore):
     Panel.close(self)
 
 # %% ../../nbs/09_lab/04_explore.ipynb #ec267b72
-def tried(panel, act, tell):
-    "A handler that shows what cannot be done, with its remedy."
-    def handle(*args):
-        try: act(*args)
-        except Exception as e: tell(str(e))
-    return handle
-
-
 @patch
 def widgets(self:Explore):
     from ipywidgets import HTML, Button, Dropdown, HBox, ToggleButtons, VBox
-    fails = lambda text: self._state(text, "problem")
     wide, row = dict(width="auto"), dict(flex_flow="row wrap", align_items="center")
-    pick = Dropdown(description="Colour", options=self.choices, value=self.by, layout=dict(width="min(300px, 100%)"))
-    pick.observe(tried(self, lambda c: self.colour(c["new"]), fails), "value")
+    pick, group, mouse, clear, number = self._common()
     masks = [("none", None), *((k, k) for k in self.data.masks)]
     line = Dropdown(description="Outline", options=masks, value=self.outline, layout=dict(width="min(230px, 100%)"))
-    line.observe(tried(self, lambda c: self._outlined(c["new"]), fails), "value")
+    line.observe(tried(lambda c: self._outlined(c["new"]), self.fail), "value")
     how = ToggleButtons(options=["PCA", "UMAP"], tooltips=["linear, at once", "neighbourhoods, made in another process"], style=dict(button_width="auto"))
-    how.observe(tried(self, lambda c: self.map(c["new"]), fails), "value")
+    how.observe(tried(lambda c: self.map(c["new"]), self.fail), "value")
     again = Button(description="Same data, other seed", tooltip="A UMAP of the same pictures with another seed", layout=wide)
-    again.on_click(tried(self, lambda _: self.other_seed(), fails))
-    self.mouse = ToggleButtons(options=["Lasso", "Point"], tooltips=["draw around points", "hover or click"], style=dict(button_width="auto"))
-    self.mouse.observe(lambda c: self.figure.update_layout(dragmode={"Lasso": "lasso", "Point": "pan"}[c["new"]]), "value")
+    again.on_click(tried(lambda _: self.other_seed(), self.fail))
     run = Dropdown(description="Encoder", options=list(self.offers), value=self.name, layout=dict(width="min(520px, 100%)"))
-    run.observe(tried(self, lambda c: c["new"] in self.offers and c["new"] != self.name and self.open(c["new"]), fails), "value")
+    run.observe(tried(lambda c: c["new"] in self.offers and c["new"] != self.name and self.open(c["new"]), self.fail), "value")
     new = Button(description="Look again", tooltip="Offer the runs there are by now, at their last step", layout=wide)
-    new.on_click(tried(self, lambda _: self.refresh(), fails))
-    self.controls = dict(colour=pick, outline=line, method=how, again=again, run=run, new=new)
-    clear = Button(description="Clear", tooltip="Select nothing", layout=wide)
-    clear.on_click(tried(self, lambda _: self.select("pictures", []), fails))
-    slices = slicer(self.data, tried(self, self._sliced, fails))
+    new.on_click(tried(lambda _: self.refresh(), self.fail))
+    self.controls |= dict(outline=line, method=how, again=again, run=run, new=new)
+    slices = slicer(self.data, tried(self.sliced, self.fail))
     if slices: self.controls["slice"] = slices[0]
-    self.summary.value = said(alt(self.figure), "quiet")
-    parts = [HTML("<h4>Picture</h4>"), self.big, self.facts, HTML("<h4>Nearest in the original space</h4>"), self.others]
+    self._describe()
+    parts = [number, self.big, self.facts, HTML("<h4>Nearest in the original space</h4>"), self.others]
     side = VBox(parts, layout=dict(width="310px", flex="0 0 310px"))
     middle = HBox([VBox([self.figure], layout=dict(flex="1 1 0", min_width="0")), side], layout=dict(width="100%"))
-    buttons = [HBox([run, *[new] * (self.session is not None), pick], layout=row), HBox([how, again, self.mouse, clear, line, *slices], layout=row)]
+    buttons = [HBox([run, *[new] * (self.session is not None), pick], layout=row), HBox([group, mouse, clear, how, again, line, *slices], layout=row)]
     title = HTML(f"<h3>Explore: {escape(self.source.name)} on {escape(self.data.info.name)}</h3>")
     return VBox([title, *buttons, self.doing, middle, self.words, self.sheet, self.summary, *self._closer_parts(), self.page])
 
@@ -566,7 +674,7 @@ def _closer_parts(self:Explore):
     from ipywidgets import HTML, HBox, ToggleButtons, VBox
     names = ["none", *viewers()]
     self.look_closer, self.room = ToggleButtons(options=names, style=dict(button_width="auto")), VBox()
-    self.look_closer.observe(tried(self, lambda c: self._closer(c["new"]), lambda text: self._state(text, "problem")), "value")
+    self.look_closer.observe(tried(lambda c: self._closer(c["new"]), self.fail), "value")
     return [HTML("<h4>Look closer</h4>"), HBox([self.look_closer, *self._extras()], layout=dict(flex_flow="row wrap")), self.room]
 
 
@@ -603,38 +711,24 @@ def _parts(self:Explore):
 
 
 @patch
-def _themed(self:Explore, dark):
-    with self.lock, self._change(): theme(self.figure, dark)
-
-
-@patch
 def _outlined(self:Explore, name):
     "Outline another mask."
     with self.lock:
         self.outline = name
-        self._again()
+        self.again()
 
 
 @patch
-def _sliced(self:Explore, share):
-    "Show another slice of the volumes."
-    with self.lock:
-        self.share = share
-        self._again()
-
-
-@patch
-def _again(self:Explore):
-    "Draw the pictures that are shown once more."
-    if len(self.chosen): self._draw_selection()
-    if self.at is not None: self.show_picture(self.at, self.where)
+def fail(self:Explore, text):
+    "What cannot be done, with its remedy."
+    self._state(text, "problem")
 
 
 @patch
 def statics(self:Explore):
     "Both maps, what they say, and one picture with its neighbours."
     from PIL import Image
-    i = int(self.ids[0]) if self.at is None else self.at
+    i = self.seen
     near = self.show_picture(i)
     sheet = np.concatenate(thumbnails(self.data, [i, *near], self.outline, 100), 1)
     return [preview(self.figure, 900), alt(self.figure), Image.fromarray(sheet), self.told]
@@ -655,17 +749,20 @@ def all_points(self:Explore):
 def volume(self:Explore):
     "The volume that is looked at, or the first, from all sides."
     from tasl_lab.lab.extras import volume_view
-    return volume_view(self.data, int(self.ids[0]) if self.at is None else self.at, self.outline)
+    return volume_view(self.data, self.seen, self.outline)
 
 
 @patch
 def _extras(self:Explore):
     "Buttons for what the extras can show of this set."
-    from ipywidgets import Button
-    def button(name, tip, make):
+    from ipywidgets import HTML, Button
+    def button(name, tip, make, tell):
         b = Button(description=name, tooltip=tip, layout=dict(width="auto"))
-        b.on_click(tried(self, lambda _: setattr(self.room, "children", (make(),)), lambda text: self._state(text, "problem")))
+        b.on_click(tried(lambda _: setattr(self.room, "children", (make(), HTML(said(tell(), "quiet", "status")))), self.fail))
         return b
+    coloured = lambda: look_of({"pictures": self.values()["pictures"]}, self.by).words
+    every = lambda: f"All {len(self.ids):,} pictures by two principal components. Colour shows {coloured()}."
+    turned = lambda: f"{facts(self.data, self.seen)}: from all sides{f', {self.outline} laid over it' if self.outline else ''}."
     many = len(self.ids) > len(self.maps["pictures"].rows)
-    return [*[button("All points", "Every picture on one map, by jupyter-scatter", self.all_points)] * many,
-            *[button("Volume", "The volume that is looked at, by ipyniivue", self.volume)] * (self.data.dims == 3)]
+    return [*[button("All points", "Every picture on one map, by jupyter-scatter", self.all_points, every)] * many,
+            *[button("Volume", "The volume that is looked at, by ipyniivue", self.volume, turned)] * (self.data.dims == 3)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'AT_REST', 'MAKING', 'SESSIONS', 'SWITCH', 'CELLS', 'SCALES', 'cell_id', 'is_live', 'Cadence', 'Job',
            'left_text', 'told', 'remedy', 'recorded', 'found', 'encoder_at', 'two_tasks', 'scores_of', 'Session',
-           'Halted', 'Panel', 'stylesheet', 'framed', 'closed', 'said', 'light', 'pictured']
+           'Halted', 'Panel', 'stylesheet', 'framed', 'closed', 'said', 'tried', 'light', 'pictured']
 
 # %% ../../nbs/09_lab/00_session.ipynb #272111dd
 import json
@@ -138,8 +138,10 @@ def remedy(
 # %% ../../nbs/09_lab/00_session.ipynb #5f095d7f
 def _header(path) -> dict:
     "What a checkpoint says of itself."
-    from safetensors import safe_open
-    with safe_open(str(path), "pt") as f: return f.metadata() or {}
+    from tasl_lab.training import read_weights
+    header = read_weights(path)[0]
+    require({"step", "config", "data"} <= set(header), f"{path}: does not say of which run it is: it is no checkpoint of ours, delete it")
+    return header
 
 
 def recorded(
@@ -148,7 +150,8 @@ def recorded(
     "Rows of `metrics.parquet`, up to the step from which the run can go on."
     folder = Path(folder)
     if not (folder / "metrics.parquet").is_file(): return []
-    table = pd.read_parquet(folder / "metrics.parquet")
+    try: table = pd.read_parquet(folder / "metrics.parquet")
+    except (ValueError, OSError) as e: raise InputError(f"{folder / 'metrics.parquet'}: not a table of steps ({e}): delete it to start anew") from e
     if not (folder / "run.json").is_file():
         if not (folder / "checkpoint.safetensors").is_file(): return []
         table = table[table.step <= int(_header(folder / "checkpoint.safetensors")["step"])]
@@ -188,21 +191,17 @@ def encoder_at(
     data: ImageSet,
 ):
     "Steps done and the encoder (in eval mode) at the end of a run, at its checkpoint, or before its first step."
-    from safetensors import safe_open
-
     from tasl_lab.encoders import make_encoder
-    from tasl_lab.training import load_encoder
+    from tasl_lab.training import load_encoder, read_weights
     folder = Path(folder)
     size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}
     with MAKING:
         if (folder / "run.json").is_file(): return config.steps, load_encoder(folder, "cpu")
         encoder = make_encoder(config.encoder, data.channels, data.dims, config.seed, **size).eval()
     if not (folder / "checkpoint.safetensors").is_file(): return 0, encoder
-    with safe_open(str(folder / "checkpoint.safetensors"), "pt") as f:
-        weights = {k.removeprefix("model.encoder."): f.get_tensor(k) for k in f.keys() if k.startswith("model.encoder.")}
-        step = int(f.metadata()["step"])
-    encoder.load_state_dict(weights)
-    return step, encoder
+    header, tensors = read_weights(folder / "checkpoint.safetensors")
+    encoder.load_state_dict({k.removeprefix("model.encoder."): v for k, v in tensors.items() if k.startswith("model.encoder.")})
+    return int(header["step"]), encoder
 
 
 def two_tasks(
@@ -517,7 +516,9 @@ SCALES = (1., 1.25, 1.5, 2.)  # of the font, for a screen across the room
 
 
 class Panel:
-    "What all panels share; a subclass has `widgets()`, `statics()` and, where it listens, `draw(session, job)`."
+    "What all panels share; a subclass has `widgets()`, `statics()`, where it listens `draw(session, job)`, and where it shows volumes `again()`."
+    share = .5  # of the depth of volumes, where the slice lies that is shown
+
     def __init__(self, session: Session, live: "bool|None" = None):
         self.session, self.live, self.ends, self.box, self.lock = session, is_live() if live is None else live, [], None, threading.RLock()
         cell, request = cell_id(), _parent().get("header", {}).get("msg_id")
@@ -539,6 +540,12 @@ class Panel:
         if self.box is None: self.box = framed(self.widgets())
         return self.box
 
+    def sliced(self, share: float):
+        "Show another slice of the volumes."
+        with self.lock:
+            self.share = share
+            self.again()
+
     def _ipython_display_(self):
         from IPython.display import display
         for thing in [self.show()] if self.live else self.statics(): (print if isinstance(thing, str) else display)(light(thing))
@@ -557,9 +564,11 @@ def stylesheet() -> str:
 
 
 def framed(*parts):
-    "Widgets below each other, with the style sheet."
+    "Widgets below each other, with the style sheet, and the keyboard for themselves."
     from ipywidgets import HTML, VBox
-    box = VBox([HTML(f"<style>{stylesheet()}</style>"), *parts])
+
+    from tasl_lab.lab.canvas import Page
+    box = VBox([HTML(f"<style>{stylesheet()}</style>"), *parts, Page()])
     box.add_class("tasl")
     return box
 
@@ -580,6 +589,14 @@ def said(
     "Text as HTML."
     from html import escape
     return f"<div class='tasl-{kind or 'text'}'{f' role={role} aria-live=polite' if role else ''}>{escape(text)}</div>"
+
+
+def tried(act, tell):
+    "A handler that shows what cannot be done, with its remedy."
+    def handle(*args):
+        try: act(*args)
+        except Exception as e: tell(str(e))
+    return handle
 
 
 def light(thing):

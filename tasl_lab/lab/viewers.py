@@ -32,8 +32,8 @@ from ..core import InputError, require
 from ..figures.embedding import answers, answers_in_words, layer_curves, theme
 from ..figures.style import alt, preview
 from .canvas import Page, PictureCanvas, slicer, still
-from .explore import enlargement, facts, outline_of, over_slice, sources_of, thumbnails, tried
-from .session import Panel, Session, pictured, said, scores_of, two_tasks
+from .explore import enlargement, facts, outline_of, over_slice, sources_of, thumbnails
+from .session import Panel, Session, pictured, said, scores_of, tried, two_tasks
 from ..tasks.attention import attention_overlap, class_attention, fresh_like, maps_of
 from ..tasks.features import extract
 from ..views import to_float
@@ -70,7 +70,7 @@ class Viewer(Panel):
         self.data, self.device = session.data if data is None else data, device
         self.target = target or outline_of(self.data)
         self.ids = telling(self.data, self.target) if ids is None else np.asarray(ids)
-        self.sources, self.i, self.kept, self.share = sources_of(what, self.data), int(self.ids[0]), {}, .5  # share of the depth: slice of a volume
+        self.sources, self.i, self.kept = sources_of(what, self.data), int(self.ids[0]), {}
 
     @property
     def scale(self) -> int: return enlargement(self.data, self.side)
@@ -108,9 +108,9 @@ def chooser(self:Viewer):
     from ipywidgets import HTML, VBox
     self.strip = PictureCanvas(scale=1, columns=len(self.ids))
     self._strip()
-    self.strip.observe(tried(self, lambda c: self.look(self.ids[c["new"]["index"]]), self.fail), "clicked")
+    self.strip.observe(tried(lambda c: self.look(self.ids[c["new"]["index"]]), self.fail), "clicked")
     self.words = HTML()
-    return [HTML(f"<h3>{escape(self.title)}</h3>"), VBox([self.strip, *slicer(self.data, tried(self, self._sliced, self.fail))]), self.words]
+    return [HTML(f"<h3>{escape(self.title)}</h3>"), VBox([self.strip, *slicer(self.data, tried(self.sliced, self.fail))]), self.words]
 
 
 @patch
@@ -121,12 +121,10 @@ def _strip(self:Viewer):
 
 
 @patch
-def _sliced(self:Viewer, share):
-    "Another slice of the volumes."
-    with self.lock:
-        self.share = share
-        self._strip()
-        self.redraw()
+def again(self:Viewer):
+    "Draw all pictures once more."
+    self._strip()
+    self.redraw()
 
 
 @patch
@@ -268,13 +266,13 @@ class PatchViewer(Viewer):
         from ipywidgets import Button, HBox, IntSlider
         box = super().widgets()
         deep = IntSlider(self.depth, 0, max(len(b.maps) for b in self.banks.values()) - 1, description="Level", continuous_update=False)
-        deep.observe(tried(self, lambda c: self._deeper(c["new"]), self.fail), "value")
+        deep.observe(tried(lambda c: self._deeper(c["new"]), self.fail), "value")
         plain = Button(description="Joint colours", layout=dict(width="auto"), tooltip="Three joint axes as colours")
-        plain.on_click(tried(self, lambda _: self._plain(), self.fail))
+        plain.on_click(tried(lambda _: self._plain(), self.fail))
         self.controls = dict(level=deep, colours=plain)
         for canvas in [*self.canvases.values(), self.strip]:
             canvas.unit = self.scale if canvas is not self.strip else canvas.unit
-            if canvas is not self.strip: canvas.observe(tried(self, lambda c: self.ask(*(c["new"][k] for k in ("index", "y", "x"))), self.fail), "clicked")
+            if canvas is not self.strip: canvas.observe(tried(lambda c: self.ask(*(c["new"][k] for k in ("index", "y", "x"))), self.fail), "clicked")
         box.children = (*box.children[:3], HBox([deep, plain]), *box.children[3:])
         return box
 
@@ -474,10 +472,10 @@ class Paint(Painting):
         strong = FloatSlider(self.strength, min=-4, max=4, step=.5, description="Contrast", continuous_update=False)
         strong.observe(lambda c: setattr(self, "strength", c["new"]), "value")
         anew = Button(description="As it was", layout=dict(width="auto"), tooltip="Take back what was painted")
-        anew.on_click(tried(self, lambda _: self.reset(), self.fail))
+        anew.on_click(tried(lambda _: self.reset(), self.fail))
         self.controls = dict(tool=tool, contrast=strong, anew=anew)
         self.canvas = PictureCanvas(scale=1, columns=1, paint=True, unit=self.scale, brush=2.)
-        self.canvas.observe(tried(self, lambda c: c["new"] and self.stroke(c["new"]), self.fail), "stroke")
+        self.canvas.observe(tried(lambda c: c["new"] and self.stroke(c["new"]), self.fail), "stroke")
         self.answers, self.page = PictureCanvas(scale=1, columns=4), Page()
         self.figure = go.FigureWidget(_slim(answers(self.table)))
         self.page.observe(lambda c: theme(self.figure, c["new"]), "dark")
