@@ -40,11 +40,11 @@ TIERS = {
         Stage("smoke demo", "tasl demo --preset smoke --out runs/smoke", 120),
     ],
     "slow": [
-        Stage("guide", f"{NBTEST} 600 nbs/guide", 90),
-        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 300),
-        Stage("experiments", f"{NBTEST} 600 nbs/experiments", 360),
-        Stage("docs", "python .ci/docs.py build", 180),
-        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1020),
+        Stage("guide", f"{NBTEST} 600 nbs/guide", 50),
+        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 230),
+        Stage("experiments", f"{NBTEST} 600 nbs/experiments", 330),
+        Stage("docs", "python .ci/docs.py build", 120),
+        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1070),
     ],
     "full": [
         Stage("full pytest", f"{PYTEST} -m full --timeout=0", 3 * 3600),
