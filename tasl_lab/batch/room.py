@@ -162,7 +162,7 @@ def room_figure(
         fig.update_yaxes(title_text=f"{safe(t.a.iloc[0])} − {safe(t.b.iloc[0])}", row=row, col=1)
         fig.update_xaxes(title_text="seeds that have come in", dtick=1, range=[.5, max(3, t.seeds.max()) + .5], row=row, col=1)
     subtitle = "Bars: 95 % intervals. Hollow: one seed, so other patients are covered but not other seeds. Grey band: differences that do not matter."
-    return apply(fig, "What the room knows", subtitle, plot_height=total, top=40, alt=f"Difference by number of seeds. {room_words(table)}")
+    return apply(fig, "What the room knows", subtitle, plot_height=total, top=64, alt=f"Difference by number of seeds. {room_words(table)}")
 
 # %% ../../nbs/10_batch/07c_room.ipynb #acd8b27c
 def collect_room(

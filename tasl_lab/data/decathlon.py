@@ -132,7 +132,7 @@ def decathlon(
     errors="raise",    # "skip" leaves out what cannot be read, and lists it
     unlabelled=False,  # also the official test volumes, as training pictures without truth
     progress=False,    # show a bar while fetching
-    **reading,         # fields of `Reading`, cache, workers
+    **reading,         # options of from_folder: size of voxels, cache, workers and so on
 ) -> ImageSet:
     "A task of the Decathlon with masks `regions`; `InputError` where it cannot be fetched or files do not fit."
     name, _, plane = str(name).rpartition(":") if str(name).rpartition(":")[2] in PLANES else (str(name), "", None)
