@@ -33,12 +33,18 @@ def _quiet():
         for k, level in before.items(): logging.getLogger(k).setLevel(level)
 
 
+_PROFILE = "distributed.worker.profile.enabled"  # of threads, by sys._current_frames, in which CPython 3.11 can lock for good while another thread starts
+
+
 def _local(processes, threads):
     "A cluster of this machine."
+    import dask
     from dask.distributed import LocalCluster
     there = visible_gpus()
-    return LocalCluster(n_workers=processes, threads_per_worker=threads, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0,
-                        silence_logs=logging.CRITICAL + 1, resources={"gpu": len(there) if processes == 1 else 1} if there else None)
+    gpus = {"gpu": len(there) if processes == 1 else 1} if there else None
+    with dask.config.set({_PROFILE: False}):
+        return LocalCluster(n_workers=processes, threads_per_worker=threads, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0,
+                            silence_logs=logging.CRITICAL + 1, resources=gpus)
 
 
 def _slurm(limits, width):
@@ -46,7 +52,8 @@ def _slurm(limits, width):
     require(find_spec("dask_jobqueue"), "cluster slurm: dask-jobqueue is not installed: pip install 'tasl-lab[slurm]'")
     from dask_jobqueue import SLURMCluster
     gpus = {"worker_extra_args": ["--resources", f"gpu={limits.gpus}"], "job_extra_directives": [f"--gres=gpu:{limits.gpus}"]} if limits.gpus else {}
-    cluster = SLURMCluster(cores=limits.threads, processes=1, memory=limits.memory or "4 GB", **gpus)
+    quiet = f"export DASK_{_PROFILE.replace('.', '__').upper()}=False"
+    cluster = SLURMCluster(cores=limits.threads, processes=1, memory=limits.memory or "4 GB", job_script_prologue=[quiet], **gpus)
     cluster.scale(jobs=width or 1)
     return cluster
 
