@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.slow
 CELL = {"arm", "task", "metric", "budget", "mean", "low", "high", "vs_random", "verdict_random", "informative", "pictures", "seconds", "by_seed"}
 SEED = {"seed", "value", "metrics", "per_image", "pictures", "encoded", "seconds"}
 
@@ -33,10 +32,12 @@ def check(found: dict, tasks: set[str]):
             assert (s["pictures"] > 0) == (c["arm"] != "random")
 
 
+@pytest.mark.full
 def test_photographs_with_boxes(extra_data, tmp_path):
     check(demo(extra_data("bccd"), tmp_path / "out"), {"classification:contains", "detection:boxes"})
 
 
+@pytest.mark.slow
 def test_pictures_with_masks_beside_them(tmp_path):
     r = np.random.default_rng(0)
     for kind in ("images", "masks"): (tmp_path / "mine" / kind).mkdir(parents=True)

@@ -185,7 +185,7 @@ def test_reruns_leave_nothing(data, encoder, tmp_path):
     assert all(p.poll() is not None for p in processes) and set(threading.enumerate()) <= before and len(processes) == 20
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_umap_arrives_and_is_kept(data, encoder, tmp_path):
     panel = Explore(encoder, data, live=True, cache=tmp_path)
     panel.show()
