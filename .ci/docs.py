@@ -109,8 +109,8 @@ pre { overflow-x: auto; padding: .6rem .8rem; margin: .5rem 0; }
 .anchor-link { display: none; }
 img { max-width: 100%; }
 blockquote { border-left: 3px solid #c8d0d8; margin-left: 0; padding-left: .9rem; color: #404a54; }
-table { border-collapse: collapse; }
-td, th { padding: .25rem .7rem; border-bottom: 1px solid #e2e6ea; vertical-align: top; text-align: left; }
+table { border-collapse: collapse; border: 0; display: block; overflow-x: auto; max-width: 100%; }
+td, th { padding: .25rem .7rem; border: 0; border-bottom: 1px solid #e2e6ea; vertical-align: top; text-align: left; }
 td:first-child { min-width: 6.5rem; }
 hr { border: 0; border-top: 1px solid #e2e6ea; }
 """
@@ -124,6 +124,12 @@ def said_of(directives, following) -> str:
     return given.strip("\"' ") or re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", " ".join(paragraph.split()))
 
 
+def starred(text: str) -> str:
+    "Markdown in which nbdev's `*docstring*` stays slanted although the docstring has stars of its own: `(B, *spatial)`."
+    whole = r"^\*(?![*\s])((?:[^*\n]|(?<![\w*])\*(?=\w))+)\*$"
+    return re.sub(whole, lambda m: "*" + m[1].replace("*", r"\*") + "*", text, flags=re.M)
+
+
 def tidy(nb) -> nbformat.NotebookNode:
     "A notebook that nbformat accepts: known keys, no directives, no raw cells; the input of `echo: false` cells gets a tag."
     cells = []
@@ -135,6 +141,7 @@ def tidy(nb) -> nbformat.NotebookNode:
         directives = [line for line in lines if line.startswith("#|")] if kind == "code" else []
         if any(re.match(r"#\|\s*hide\b|#\|\s*default_exp\b", d) for d in directives): continue
         cell["source"] = "\n".join(line for line in lines if kind != "code" or not line.startswith("#|"))
+        if kind == "markdown": cell["source"] = starred(cell["source"])
         alt = said_of(directives, nb["cells"][i + 1:i + 2])
         cell["id"] = f"cell-{i}"
         cell["metadata"] = {"tags": ["hide-input"] if any(re.match(r"#\|\s*echo:\s*false", d) for d in directives) else []}

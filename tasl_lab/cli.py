@@ -508,7 +508,8 @@ def _cohort(config, pictures, out, folds, spread, workers) -> dict:
 
 
 @command(show=_matrix_text, examples=["tasl matrix --preset classroom --out runs/classroom", "tasl matrix --data FOLDER --out runs/mine --json",
-                                      "tasl matrix --out /shared/matrix --cluster tcp://10.0.0.1:8786"])
+                                      "tasl matrix --out /shared/matrix --cluster tcp://10.0.0.1:8786",
+                                      "tasl matrix --data FOLDER --external dinov2=timm:vit_small_patch14_dinov2@FILE --out runs/mine"])
 def matrix(
     data: Source = "phantom",
     preset: Annotated[str, typer.Option(help="classroom (half an hour on two cores), demo, or smoke (its numbers mean nothing).")] = "classroom",
@@ -518,20 +519,27 @@ def matrix(
     width: Width = None,
     folds: Annotated[int, typer.Option(help="Cross-validate by patient in so many folds, twice; 0 splits once [5 where a set of yours has few patients].",
                                        show_default=False)] = None,
+    external: Annotated[list[str], typer.Option(help="Weights from elsewhere as a further row, [NAME=]timm:NETWORK@FILE, monai:... or bundle:FOLDER; "
+                                                     "may be repeated, or hold several with commas.")] = [],  # noqa: B006
     quiet: Quiet = False,
 ):
     "Objectives against tasks at an equal budget, with intervals: tidy tables of every cell."
+    from tasl_lab.alignment.external import check_weights, named_weights, run_external
     from tasl_lab.alignment.matrix import Matrix, fit_to, run_matrix
     from tasl_lab.alignment.matrix import preset as preset_of
-    sizes, start, spread = preset_of(preset), time.time(), _execute_on(cluster)
+    sizes, start, spread, weights = preset_of(preset), time.time(), _execute_on(cluster), named_weights(external)
     _check_source(data)
     with _on_stderr(quiet):
         from tasl_lab.data.sources import load
         from tasl_lab.training import default_workers
         pictures = load(data, sizes["size"], seed, sizes["pictures"], unseen=sizes["unseen"])
-        every = _folds_for(folds, data, pictures)
-        if every: return _cohort(sizes["matrix"], pictures, out, every, spread, width or default_workers()) | {"seconds": time.time() - start}
-        folder = run_matrix(fit_to(sizes["matrix"], pictures), pictures, out, spread, width or default_workers())
+        every, workers = _folds_for(folds, data, pictures), width or default_workers()
+        require(not (every and weights), "rows of --external are not cross-validated: add --folds 0, which splits once")
+        check_weights(weights, pictures)
+        if every: return _cohort(sizes["matrix"], pictures, out, every, spread, workers) | {"seconds": time.time() - start}
+        config = fit_to(sizes["matrix"], pictures)
+        folder = run_matrix(config, pictures, out, spread, workers)
+        if weights: run_external(config, pictures, out, weights, execute=spread, workers=workers)
         found = Matrix.from_runs(folder)
         tables = found.save(folder / "tables")
     cells = json.loads(found.tables["cells"].to_json(orient="records"))
@@ -868,7 +876,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file; a JSON file of the same name is written beside it.")] = Path("report.html"),
     data: Annotated[list[str], typer.Option(help="A source or a folder that was trained on: for maps, attention, samples.")] = [],  # noqa: B006
     size: Size = 64,
-    count: Annotated[int, typer.Option(help="Pictures of that source, as the runs had; found by itself for a preset.", show_default=False)] = None,
+    count: Annotated[int, typer.Option(help="Pictures of that source; as many as the runs had, by default.", show_default=False)] = None,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Show pictures of the data.")] = True,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Report",
 ):

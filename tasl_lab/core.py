@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['InputError', 'require', 'seed_of', 'rng', 'torch_rng', 'fingerprint', 'write_atomic', 'write_json', 'read_json',
-           'pick_device', 'pick_precision', 'autocast']
+           'without', 'pick_device', 'pick_precision', 'autocast']
 
 # %% ../nbs/00_core.ipynb #efa15938
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #d430d49f
@@ -66,7 +67,7 @@ def _feed(h, x):
     elif isinstance(x, (list, tuple)):
         h.update(f"list{len(x)}".encode())
         for v in x: _feed(h, v)
-    elif hasattr(x, "to_csv"): h.update(x.to_csv(index=False, float_format="%.9g").encode())
+    elif hasattr(x, "to_csv"): h.update(x.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode())
     elif x is None or isinstance(x, (str, bytes, int, float)): h.update(repr(x).encode())
     else: raise TypeError(f"no fingerprint of a {type(x).__name__}: give arrays, tables, dicts, lists, strings, numbers or None")
     h.update(b"|")
@@ -131,6 +132,18 @@ def read_json(path) -> object:
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise InputError(f"{path}: not valid JSON ({e})") from e
 
+# %% ../nbs/00_core.ipynb #5bedf4fe
+@contextmanager
+def without(
+    *names: str,  # modules
+):
+    "Within this context these modules, unless already there, count as not installed."
+    hidden = [n for n in names if n not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # None: cannot be imported
+    try: yield
+    finally:
+        for n in hidden: sys.modules.pop(n, None)
+
 # %% ../nbs/00_core.ipynb #5f1c95a2
 def pick_device(
     name: str = "auto",  # "auto", or what `torch.device` takes: "cpu", "cuda", "cuda:1", "mps"
@@ -146,10 +159,14 @@ def pick_device(
     return device
 
 
+_NO_BF16 = "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"  # oneDNN's names of what multiplies no bf16
+
+
 def _fast_bf16(device) -> bool:
-    "Does this hardware multiply matrices in bf16?"
+    "Does this hardware multiply matrices in bf16, and is oneDNN, which does it on a CPU, allowed to?"
     import torch
     if device.type == "cuda": return torch.cuda.is_bf16_supported()
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _NO_BF16: return False
     return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
 
 

@@ -148,6 +148,25 @@ def test_every_control_answers_from_both_threads(data, tmp_path, monkeypatch, na
     lab.session.close()
 
 
+def test_a_lasso_is_answered_once(data, encoder):
+    "One message chooses on both maps; Plotly's own answer, a drawing of all points for each trace, is not given."
+    panel = Explore(encoder, data, live=True)
+    panel.show()
+    said, figure = [], panel.figure
+    for kind in ("restyle", "update", "relayout"):
+        figure.observe(lambda c: c["new"] and said.append(sorted(c["new"].get("style_data", [c["name"]]))), names=f"_py2js_{kind}")
+    points = {"trace_indexes": [2] * 9, "point_indexes": list(range(9)), "xs": [0] * 9, "ys": [0] * 9}
+    elsewhere(lambda: setattr(figure, "_js2py_pointsCallback", {"event_type": "plotly_selected", "points": points}))
+    assert list(figure.data[2].selectedpoints) == list(range(9)) and set(panel.ids[list(figure.data[0].selectedpoints)]) == set(panel.chosen)
+    assert said == [[], ["selectedpoints"]], "the mouse points again; and the choice"
+    assert all(t.selectedpoints is None for k, t in enumerate(figure.data) if k not in (0, 2))
+    said.clear()
+    empty = {"trace_indexes": [], "point_indexes": [], "xs": [], "ys": []}
+    figure._js2py_pointsCallback = {"event_type": "plotly_selected", "points": empty}
+    assert said == [["selectedpoints"]] and list(figure.data[2].selectedpoints) == list(range(9)), "what the page has forgotten is said again"
+    panel.close()
+
+
 def test_ten_thousand_points(encoder):
     "From the lasso to the thumbnails in less than a second of Python, and what is left out is said."
     many = waves(10_000, (16, 16))
@@ -339,7 +358,7 @@ def test_a_map_of_more_points_than_plotly_draws(encoder, monkeypatch):
     xy, values, _, select = handed[0]
     assert len(xy) == len(values) == 40
     elsewhere(lambda: select([4, 5]))
-    assert panel.chosen.tolist() == [4, 5] and panel.linked[0].tolist() == [2], "of the two only the fourth is on the figure"
+    assert panel.chosen.tolist() == [4, 5] and panel.linked[0] == [2], "of the two only the fourth is on the figure"
     monkeypatch.setattr(extras, "large_map", lambda *_: PictureCanvas())
     panel._extras()[0].click()
     assert "All 40 pictures by two principal components. Colour shows label: kind: a 20, b 20" in panel.room.children[1].value

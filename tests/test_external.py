@@ -80,13 +80,44 @@ def test_hidden_pixels_do_not_matter():
 
 @pytest.mark.parametrize("name, dims", [("SegResNet?init_filters=8", 2), ("SegResNet?init_filters=8", 3), ("UNet?channels=(8,16,32)&strides=(2,2)", 3),
                                         pytest.param("resnet10", 3, marks=pytest.mark.slow), pytest.param("DenseNet121", 2, marks=pytest.mark.slow),
-                                        ("BasicUNet", 2)])
+                                        pytest.param("SwinUNETR?feature_size=12", 3, marks=pytest.mark.slow), ("BasicUNet", 2)])
 def test_networks_of_monai_become_coarser_step_by_step(name, dims):
     e = make_encoder(f"monai:{name}", 1, dims).eval()
     unit = max(e.strides)
     assert len(e.strides) > 1 and e.strides == sorted(set(e.strides))
     with torch.no_grad(): f = e(torch.rand(1, 1, *[2 * unit] * dims))
     assert [tuple(m.shape[1:]) for m in f.maps] == [(c, *[2 * unit // s] * dims) for c, s in zip(e.channels, e.strides)] and f.pooled.shape == (1, e.width)
+
+
+VIT = "img_size={}&patch_size={}&hidden_size=24&mlp_dim=48&num_layers=4&num_heads=3"
+
+
+@pytest.mark.parametrize("name, dims", [
+    (f"ViT?{VIT.format(32, 8)}", 2), (f"ViT?{VIT.format('(16,32,16)', '(8,8,4)')}&classification=True", 3), (f"MaskedAutoEncoderViT?{VIT.format(32, 8)}"
+     "&decoder_hidden_size=24&decoder_num_heads=3&decoder_num_layers=1", 2), (f"ViTAutoEnc?{VIT.format(32, 16)}", 3),
+    ("UNETR?img_size=32&feature_size=4&hidden_size=24&mlp_dim=48&num_heads=3", 2)], ids=lambda v: str(v).partition("?")[0])
+def test_vision_transformers_of_monai(name, dims, tmp_path):
+    "The tokens are those of the network's own pass, its encoder alone is enough of a file, and any size is brought to its own."
+    e = make_encoder(f"monai:{name}", 1, dims, seed=1).eval()
+    vit, x = getattr(e.body.net, "vit", e.body.net), torch.rand(2, 1, *e.body.fixed)
+    kept = []
+    (vit.norm if hasattr(vit, "norm") else vit.blocks).register_forward_hook(lambda m, args, out: kept.append(out))
+    if hasattr(vit, "_masking"):  # its own pass, with nothing hidden
+        vit._masking = lambda x, masking_ratio=None: (x, torch.arange(x.shape[1]).expand(len(x), -1), torch.zeros(x.shape[:2], dtype=torch.int))
+    with torch.no_grad():
+        vit(x)
+        want, f = kept[0], e(x)
+    front = want.shape[1] - f.tokens.shape[1]
+    assert front == (f.cls is not None) and torch.allclose(f.tokens, want[:, front:], atol=1e-5)
+    assert f.pooled.shape == (2, e.width) and len(f.maps) == len(e.channels) == 4 and all(m.shape[2:] == e.body.grid for m in f.maps)
+    with torch.no_grad(): assert e(torch.rand(1, 1, *[20] * dims)).maps[0].shape[2:] == e.body.grid
+    save_file({f"module.{k}": v.contiguous() for k, v in e.body.net.state_dict().items() if k in e.body.needed}, tmp_path / "w.safetensors")
+    back = make_encoder(f"monai:{name}@{tmp_path}/w.safetensors", 1, dims, seed=2).eval()
+    with torch.no_grad(): assert torch.equal(back(x).pooled, f.pooled)
+
+
+def test_a_transformer_of_one_size_says_which_is_missing():
+    with pytest.raises(InputError, match="img_size.*arguments as options"): make_encoder("monai:ViT?patch_size=8")
 
 
 def test_every_picture_on_one_scale():
@@ -253,7 +284,7 @@ def test_which_objectives_can_go_on(name, dims):
 
 @pytest.mark.slow
 def test_rows_of_others_in_a_matrix(tmp_path, files, monkeypatch):
-    from tasl_lab.alignment.external import WithExternal, run_external
+    from tasl_lab.alignment.external import run_external
     from tasl_lab.alignment.matrix import MatrixConfig, Results, as_json, cells_table, run_matrix
     monkeypatch.setenv("TASL_WEIGHTS", str(files))
     data = phantom(60, 32, preset="lesion-grade")
@@ -264,7 +295,7 @@ def test_rows_of_others_in_a_matrix(tmp_path, files, monkeypatch):
     with pytest.raises(InputError, match="run_matrix first"): run_external(config, data, tmp_path, weights, verbose=False)
     run_matrix(config, data, tmp_path, verbose=False)
     folder = run_external(config, data, tmp_path, weights, ["simclr"], verbose=False)
-    results = WithExternal(folder)
+    results = Results(folder)
     table = cells_table(results)
     arms = {"external:imagenet-supervised", "external:imagenet-supervised, fine-tuned", "simclr from external:imagenet-supervised"}
     assert arms < set(table.arm) and not results.unfinished
@@ -273,7 +304,7 @@ def test_rows_of_others_in_a_matrix(tmp_path, files, monkeypatch):
     frozen = results.scores("external:imagenet-supervised", "segmentation:tissue", 20)
     assert set(frozen) == {0, 1} and frozen[0].info["encoder"] == "timm:test_resnet@test_resnet.safetensors"
     assert json.dumps(as_json(results), default=str).count(str(files)) == 0  # no path of this machine
-    assert set(Results(folder).arms) == {"simclr", "simclr, fine-tuned", "random", "supervised"}
+    assert results.arms[:2] == ["simclr", "simclr, fine-tuned"] and set(results.arms) == {*arms, "simclr", "simclr, fine-tuned", "random", "supervised"}
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("item.json")}
     run_external(config, data, tmp_path, weights, ["simclr"], verbose=False)
     assert stamps == {p: p.stat().st_mtime_ns for p in folder.rglob("item.json")}
@@ -284,3 +315,60 @@ def test_rows_of_others_in_a_matrix(tmp_path, files, monkeypatch):
         run_external(config, data, tmp_path, weights, verbose=False)  # other contents under the same name are other work
     finally: Path(files / "test_resnet.safetensors").write_bytes(before)
     assert len(list(folder.rglob("item.json"))) > len(stamps)
+
+
+def test_rows_of_others_are_named_beforehand(files):
+    from tasl_lab.alignment.external import named_weights
+    spec = f"timm:test_vit?scale=2&grey=average@{files}/test_vit.safetensors#abc"
+    unet = "monai:UNet?channels=(8,16,32)&strides=(2,2)"
+    given = named_weights([f"dinov2={spec}", f"timm:test_resnet@pretrained,{unet}", "cnn-tiny@w.pt"])
+    assert given == {"dinov2": spec, "test_resnet": "timm:test_resnet@pretrained", "UNet": unet, "cnn-tiny": "cnn-tiny@w.pt"}
+    assert named_weights([]) == {} and named_weights([f"bundle:{files}/spleen"]) == {"spleen": f"bundle:{files}/spleen"}
+    with pytest.raises(InputError, match="two rows .*'test_vit'"): named_weights(["timm:test_vit", "timm:test_vit?scale=2"])
+    with pytest.raises(InputError, match="no name"): named_weights(["a=timm:test_vit,"])
+
+
+def test_objectives_of_a_matrix_count_the_rows_of_others():
+    "In the order of the configuration, then as they are found."
+    from tasl_lab.alignment.matrix import MatrixConfig, Results
+    found = Results.__new__(Results)
+    found.config = MatrixConfig(objectives=["simclr", "masked"])
+    done = ["external:b", "random", "spark", "simclr from external:b", "supervised", "simclr", "external:a", "ceiling", "external:b"]
+    found.items = [{"item": {"arm": a}} for a in done]
+    assert found.objectives == ["simclr", "spark", "external:b", "simclr from external:b", "external:a"] and found.arms[-2:] == ["random", "supervised"]
+
+
+def asked(*args):
+    "The command line, in this process."
+    from typer.testing import CliRunner
+
+    from tasl_lab.cli import app
+    return CliRunner().invoke(app, ["matrix", *map(str, args)])
+
+
+def test_the_command_line_refuses_rows_before_any_work(files, tmp_path, monkeypatch):
+    small = lambda *a: asked("--preset", "smoke", "--out", tmp_path / "x", *a)
+    assert "two rows of weights are named 'a'" in small("--external", "a=timm:test_vit,a=timm:test_resnet").stderr
+    monkeypatch.setattr("tasl_lab.data.sources.load", lambda *a, **kw: phantom(24, 32))
+    missing = small("--external", "timm:test_vit@none.pt")
+    assert missing.exit_code == 2 and "none.pt: no such file of weights" in missing.stderr
+    assert "add --folds 0" in small("--external", "timm:test_vit", "--folds", "3").stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_rows_of_others(files, tmp_path, monkeypatch):
+    from tasl_lab.alignment.matrix import PRESETS
+    tiny = {"objectives": ["simclr"], "tasks": ["classification:class"], "labels": [12], "seeds": 2, "draws": 1, "steps": 2, "batch": 8, "finetune_steps": 2,
+            "again": False, "ceiling": False}
+    monkeypatch.setitem(PRESETS, "smoke", {"pictures": 60, "size": 32, "matrix": tiny})
+    args = ["--preset", "smoke", "--width", 1, "--out", tmp_path, "--json", "--quiet"]
+    rows = ["--external", f"mine=timm:test_resnet@{files}/test_resnet.safetensors", "--external", "timm:test_convnext,monai:SegResNet?init_filters=8"]
+    done = asked(*args, *rows)
+    assert done.exit_code == 0, done.output
+    cells, base = json.loads(done.stdout)["cells"], {"simclr", "random", "supervised"}
+    assert {c["arm"] for c in cells} == base | {"external:mine", "external:test_convnext", "external:SegResNet"} and str(files) not in done.stdout
+    assert all(c["verdict_random"] for c in cells if c["arm"] not in ("random",))
+    stored = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("item.json")}
+    again = asked(*args)
+    assert {c["arm"] for c in json.loads(again.stdout)["cells"]} == base, "rows that the command does not name"
+    assert asked(*args, *rows).exit_code == 0 and stored == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("item.json")}

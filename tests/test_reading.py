@@ -1,10 +1,12 @@
 """Do the lessons read well? Terms are explained, figures are told in words, numbers have a source, and every lesson has the same shape."""
 import re
+import shlex
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import typer
 
 from tasl_lab.objectives.cards import CARDS
 
@@ -76,6 +78,39 @@ def test_the_table_of_the_readme_is_the_record():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     arms = [a for a in cells.index.unique("arm")]
     assert len(arms) > 8 and all(f"| {a} | " + " | ".join(said(a, t) for t in tasks) + " |" in text for a in arms)
+
+
+def commands(text):
+    "What follows `tasl` in blocks of code and in quoted commands, cut at comments and at what joins two."
+    blocks = re.findall(r"```(?:bash|powershell)\n(.*?)```", text, re.S) + re.findall(r"`(tasl [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    lines = [part for b in blocks for line in b.splitlines() for part in re.split(r"\s#\s|&&", f" {line}")[:2] if not line.startswith("#")]
+    return [shlex.split(m[1], posix=False) for part in lines if (m := re.search(r"(?:^|[/\\\s])tasl (.+)", part.strip()))]
+
+
+def known(words, command):
+    "Does the command line have this command, with these options?"
+    while words and hasattr(command, "commands") and words[0] in command.commands: command, words = command.commands[words[0]], words[1:]
+    if hasattr(command, "commands"): return not words or words == ["--help"]
+    options = {o for q in command.get_params(typer.Context(command)) for o in (*q.opts, *q.secondary_opts)}
+    return not {w for w in words if w.startswith("--")} - options
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", NBS / "index.ipynb", *sorted((NBS / "guide").glob("*.ipynb")), NBS / "lessons" / "90_teaching.ipynb"],
+                         ids=lambda p: p.stem)
+def test_commands_that_are_told_exist(path):
+    from tasl_lab.cli import app
+    told = commands(path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n\n".join(prose(path)))
+    assert not [" ".join(w) for w in told if not known(w, typer.main.get_command(app))] and (path.stem != "README" or len(told) > 15)
+    assert not known(["nonesuch"], typer.main.get_command(app)) and not known(["demo", "--nonesuch"], typer.main.get_command(app))
+
+
+def test_the_sweep_of_the_readme_is_one(tmp_path):
+    from tasl_lab.batch.runner import read_notebook
+    from tasl_lab.batch.sweep import plan, read_sweep
+    text = re.search(r"```yaml\n(notebook:.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    (tmp_path / "sweep.yaml").write_text(text, encoding="utf-8")
+    sweep = read_sweep(tmp_path / "sweep.yaml")
+    assert len(plan(sweep, read_notebook(sweep.notebook))) == 4
 
 
 @each(LESSONS)

@@ -110,11 +110,13 @@ def set_of(
 ):
     "The set of this source that runs in these folders were trained on; where there is none, the set as the source gives it."
     from tasl_lab.data.sources import load
-    known = {r["data"].get("sha256") for r in find_runs(*folders).values()}
-    presets = [(p["pictures"], p.get("unseen", False)) for p in PRESETS.values() if p["size"] == size and n is None]
+    trained_on = [r["data"] for r in find_runs(*folders).values()]
+    known = {d.get("sha256") for d in trained_on}
+    presets = [(p["pictures"], p.get("unseen", False)) for p in PRESETS.values() if p["size"] == size]
+    sizes = [] if n else [*presets, *((d.get("pictures"), False) for d in trained_on)]
     first = load(name, size, n=n)
     if first.sha256 in known or name.partition(":")[0] not in ("phantom", "brain"): return first
-    others = (load(name, size, n=k, unseen=unseen) for k, unseen in dict.fromkeys([(n, True), *presets]))
+    others = (load(name, size, n=k, unseen=unseen) for k, unseen in dict.fromkeys([(n, True), *sizes]))
     return next((d for d in others if d.sha256 in known), first)
 
 # %% ../../nbs/10_batch/01b_collect.ipynb #aadd7538

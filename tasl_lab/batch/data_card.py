@@ -170,5 +170,6 @@ def write_card(
     marks = [(s.split(":")[0], s.split(": ", 1)[1]) for s in card["findings"] if s.startswith("leak: ")]
     page = Environment(autoescape=True, trim_blocks=True).from_string(_BLOCK + _PAGE).render(
         title=f"Data card: {card['name']}", sections=sections, policy=_POLICY, version=__version__, stamps=marks, figures=[Markup(f) for f in figures],
-        css=Markup((here / "report.css").read_text()), js=Markup((here / "report.js").read_text()), plotly=Markup(get_plotlyjs()) if figures else "")
+        css=Markup((here / "report.css").read_text(encoding="utf-8")), js=Markup((here / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()) if figures else "")
     return write_atomic(out / "card.html", page.lstrip()), write_json(out / "card.json", card)

@@ -116,7 +116,7 @@ def _timed(path, parts, live):
     nb = nbformat.read(path, as_version=4)
     cells = portions(nb, [p["to"] for p in parts], path.name)
     if live: nb = _live(nb, path.name)
-    with tempfile.TemporaryDirectory(prefix="tasl-") as folder, open(Path(folder) / "log.txt", "w") as log:
+    with tempfile.TemporaryDirectory(prefix="tasl-") as folder, open(Path(folder) / "log.txt", "w", encoding="utf-8") as log:
         client = NotebookClient(nb, timeout=1800, kernel_manager_class=_manager(folder, log), resources={"metadata": {"path": str(path.parent)}})
         start = time.monotonic()
         with client.setup_kernel():

@@ -544,6 +544,6 @@ def write_report(
     page = Environment(autoescape=True, trim_blocks=True).from_string(_BLOCK + _PAGE).render(
         title=results.get("title") or "TASL Lab report", sections=sections, policy=_POLICY, version=__version__,
         stamps=[(s, STAMPS.get(s, "")) for s in results.get("stamps") or []], figures=[Markup(f) for f in figures],
-        css=Markup((here / "report.css").read_text()), js=Markup((here / "report.js").read_text()),
+        css=Markup((here / "report.css").read_text(encoding="utf-8")), js=Markup((here / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()) if figures else "")
     return write_atomic(Path(out), page.lstrip())

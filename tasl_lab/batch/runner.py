@@ -8,9 +8,11 @@ __all__ = ['read_notebook', 'Parameter', 'read_parameters', 'check_parameters', 
 
 # %% ../../nbs/10_batch/00_runner.ipynb #a211c6a8
 import ast
+import contextlib
 import json
 import logging
 import os
+import platform
 import re
 import site
 import sys
@@ -204,9 +206,18 @@ def _execute(source, target, parameters, log, show, cwd, timeout, environ, guard
     "papermill with everything settled; what it would tell the terminal, our exceptions say."
     from papermill import execute_notebook
     logging.getLogger("papermill").addHandler(logging.NullHandler())
-    execute_notebook(str(source), str(target), parameters, kernel_name="python3", language="python", progress_bar=False,
+    try: execute_notebook(str(source), str(target), parameters, kernel_name="python3", language="python", progress_bar=False,
         stdout_file=_Tee(log, show, guard), stderr_file=_Tee(log, None, guard), kernel_manager_class=_manager(source.parent, log, environ, guard),
         resources={"metadata": {"path": str(cwd or Path.cwd())}}, start_timeout=300, execution_timeout=timeout)
+    finally: _forget_places(target)
+
+
+def _forget_places(path):
+    "Take out of an executed notebook where on this machine it was read and written."
+    with contextlib.suppress(OSError, ValueError):  # nothing written, or a full disk
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        for place in ("input_path", "output_path"): nb["metadata"].get("papermill", {}).pop(place, None)
+        write_json(path, nb)
 
 
 def _prepare(notebook, parameters, out, schema):
@@ -233,7 +244,7 @@ def run_notebook(
 ) -> Path:
     "Execute `notebook` in `out`; returns the executed copy. Raises `InputError` for what cannot run, `NotebookFailed` for what did not."
     nb, target = _prepare(notebook, parameters, out, schema)
-    record, start = {"notebook": str(notebook), "parameters": parameters, "python": sys.executable}, time.time()
+    record, start = {"notebook": Path(notebook).name, "parameters": parameters, "python": platform.python_version()}, time.time()
     end = lambda **kw: write_json(target.parent / "notebook.json", record | kw | {"seconds": time.time() - start})
     with tempfile.TemporaryDirectory(prefix="tasl-") as folder, open(target.parent / "log.txt", "a", encoding="utf-8") as log:
         source = Path(folder) / target.name

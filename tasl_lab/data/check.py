@@ -37,6 +37,7 @@ from tasl_lab.data.folders import (
     people_for_classes,
     reason_of,
     resized,
+    shown_name,
 )
 from .imageset import IGNORE, ImageSet
 from .readers import suffix_of
@@ -373,9 +374,10 @@ def check(
     other = None if pool is None else survey(pool, progress)
     leaks, naming = _leaks(found, other), lambda x: _name_of(x, names, salt)
     seen = found.seen
-    card = {"schema": 1, "name": found.name, "pictures": len(seen), "people": _people(seen, found.known), "unreadable": _unreadable_rows(found, names, salt),
+    called = lambda s: s.name if names else shown_name(s.name, [x.patient for x in s.seen], salt)
+    card = {"schema": 1, "name": called(found), "pictures": len(seen), "people": _people(seen, found.known), "unreadable": _unreadable_rows(found, names, salt),
             "balance": _balance(seen), "lesions": _lesion_rows(lesions(found, size)), "trained at": size, "patch": PATCH,
-            "site signature": site_signature(seen), "pool": other and other.name, "notes": found.notes} | _sizes(seen)
+            "site signature": site_signature(seen), "pool": other and called(other), "notes": found.notes} | _sizes(seen)
     card["leaks"] = {"patients": {naming(p): s for p, s in leaks["patients"].items()}, "doubles": _pairs_named(found, leaks["doubles"], naming),
                      "across": _pairs_named(found, leaks["across"], naming),
                      "pool": [{"a": naming(found.seen[i].name), "b": naming(other.seen[j].name), "likeness": round(float(c), 4)} for i, j, c in leaks["pool"]]}

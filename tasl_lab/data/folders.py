@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'PLANES', 'WINDOWS', 'LOOKED', 'KINDS', 'TABLES', 'FIELDS', 'Reading', 'bounds', 'resized', 'Entry',
-           'reason_of', 'Log', 'Sample', 'samples_of', 'hashed', 'set_of', 'walk', 'entries_of', 'people_for_classes',
-           'from_folder', 'from_manifest']
+           'reason_of', 'Log', 'Sample', 'samples_of', 'hashed', 'shown_name', 'set_of', 'walk', 'entries_of',
+           'people_for_classes', 'from_folder', 'from_manifest']
 
 # %% ../../nbs/01_data/07_folders.ipynb #ce97d4a1
 import csv
@@ -345,7 +345,7 @@ def _salt(salt) -> str:
         if not file.is_file():
             write_atomic(file, secrets.token_hex(16))
             file.chmod(0o600)
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except OSError:
         warnings.warn("no salt can be kept on this machine, hashes of patients will differ at the next start: set TASL_SALT", stacklevel=3)
         return _PASSING
@@ -357,6 +357,16 @@ def hashed(
 ) -> str:
     "The name under which a patient or file stands in a set: 12 hexadecimal digits."
     return hmac.new(_salt(salt).encode(), str(text).encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:12]
+
+
+def shown_name(
+    name,      # of a folder or table
+    patients,  # ids, None where not known
+    salt=None,
+) -> str:
+    "The name of a set as outputs show it: a hash where it holds an id of one of its patients, of four characters or more."
+    inside = any(len(p) > 3 and p.casefold() in name.casefold() for p in {str(p) for p in patients if p})
+    return f"set-{hashed(name, salt)[:6]}" if inside else name
 
 # %% ../../nbs/01_data/07_folders.ipynb #f4855df0
 def _images(samples):
@@ -462,7 +472,7 @@ def _read_or_cached(entries, how, log, name, modality, cache, building):
     if cache is not None:
         from tasl_lab.data.cache import cached
         return cached(entries, how, log, name, modality, cache, **building)
-    require(not building, lambda: f"option {next(iter(building))!r} is unknown: use the fields of Reading; workers and progress go with cache=FOLDER")
+    require(not building, lambda: f"option {next(iter(building))!r} is unknown: use the fields of Reading; workers, progress and memory go with cache=FOLDER")
     samples = _all_samples(entries, how, log, name, modality)
     return samples, _images(samples)
 
@@ -504,11 +514,12 @@ def set_of(
     private=True,    # hash patients and files
     root="",         # folder that messages in `info.note` leave out
     cache=None,      # folder of a cache on disk, for sets larger than memory
-    **building,      # of `tasl_lab.data.cache.cached`: workers, progress
+    **building,      # of `tasl_lab.data.cache.cached`: workers, progress, memory
 ) -> ImageSet:
     "Reads all entries into one set; what was left out stands in its `skipped` and is counted in `info.note`."
     require(modality in (None, *MODALITIES), f"modality {modality!r} is unknown: use one of {', '.join(MODALITIES)}")
     samples, images = _read_or_cached(entries, how, log, name, modality, cache, building)
+    if private: name = shown_name(name, [s.entry.facts.get("patient") for s in samples], salt)
     truth, named = _truth(samples, classes or {})
     known = any(s.entry.facts.get("patient") for s in samples)
     info = Info(name, _modality(samples, modality), named, "patient" if known else "file", name, note=log.note(root, private))
@@ -762,7 +773,7 @@ def from_folder(
     salt=None,        # for the hashes of patients and files
     private=True,     # False keeps ids of patients and names of files
     cache=None,       # folder of a cache on disk, for sets larger than memory
-    **reading,        # fields of `Reading`: spacing, cut, every, window, percentiles, dtype, nan; with a cache also workers, progress
+    **reading,        # fields of `Reading`: spacing, cut, every, window, percentiles, dtype, nan; with a cache also workers, progress, memory
 ) -> ImageSet:
     "The pictures, slices or volumes below a folder; `InputError` names what cannot be used."
     path, (how, building) = Path(path), _options(size, reading)
@@ -936,7 +947,7 @@ def from_manifest(
     salt=None,        # for the hashes of patients and files
     private=True,     # False keeps ids of patients and names of files
     cache=None,       # folder of a cache on disk, for sets larger than memory
-    **reading,        # fields of `Reading`: spacing, cut, every, window, percentiles, dtype, nan; with a cache also workers, progress
+    **reading,        # fields of `Reading`: spacing, cut, every, window, percentiles, dtype, nan; with a cache also workers, progress, memory
 ) -> ImageSet:
     "The pictures that a table lists, with what its columns say; `InputError` names row and column."
     file, log, (how, building) = Path(file), Log(errors), _options(size, reading)

@@ -6,6 +6,7 @@
 __all__ = ['MODALITIES', 'SPLITS', 'IGNORE', 'OUTLINES', 'Info', 'Batch', 'ImageSet']
 
 # %% ../../nbs/01_data/00_imageset.ipynb #f3ab150e
+import mmap
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -46,9 +47,15 @@ def _array(part, x, dtype=None) -> np.ndarray:
 
 def _check_values(x, start=0):
     "Type and values of pictures `(N, C, *spatial)`, the first of which has index `start`."
-    kinds, at = ("uint8", "uint16", "float16", "float32"), tuple(range(1, x.ndim))
+    kinds = ("uint8", "uint16", "float16", "float32")
     require(x.dtype.name in kinds, f"images[{start}] has type {x.dtype}: convert to one of {', '.join(kinds)}")
-    if x.dtype.kind != "f": return
+    some = max(1, 2 ** 24 // max(1, x[:1].size))  # pictures at a time: what a check needs beside them stays small
+    for k in range(0, len(x) if x.dtype.kind == "f" else 0, some): _check_floats(x[k:k + some], start + k)
+
+
+def _check_floats(x, start):
+    "Finite and from 0 to 1."
+    at = tuple(range(1, x.ndim))
     bad = ~np.isfinite(x).all(at)
     require(not bad.any(), lambda: f"images[{start + _first(bad)}] holds nan or infinity: mask or replace those values")
     low, high = x.min(at), x.max(at)
@@ -225,6 +232,31 @@ class ImageSet:
         groups = self.table.patient.nunique()
         return f"ImageSet {self.info.name!r}: {len(self)} pictures {self.channels} x {shape}, {counts}; {groups} groups; truth: {', '.join(truth) or 'none'}"
 
+# %% ../../nbs/01_data/00_imageset.ipynb #85a0ae43
+def _mapped(x) -> "mmap.mmap|None":
+    "The mapped file that an array is part of."
+    while isinstance(x, np.ndarray):
+        if getattr(x, "_mmap", None) is not None: return x._mmap
+        x = x.base
+
+
+def _fetch(images, ids):
+    "Tell the system which rows of a mapped file come next; nothing for an array in memory."
+    file = _mapped(images)
+    if file is None or ids.dtype.kind not in "iu" or images.strides[0] <= 0 or not hasattr(mmap, "MADV_WILLNEED"): return
+    row, first = images.strides[0], images.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
+    for i in np.sort(ids % len(images), None).tolist():
+        start = (first + i * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(mmap.MADV_WILLNEED, start, first + (i + 1) * row - start)
+
+
+@patch
+def ahead(self:ImageSet,
+    ids,  # (B,) indices, of a later `batch`
+) -> None:
+    "Begin to fetch pictures that lie in a mapped file, without waiting; where pictures are in memory there is nothing to do."
+    _fetch(self.images, _index(ids))
+
 # %% ../../nbs/01_data/00_imageset.ipynb #cd92cd30
 def _take(values, ids): return None if values is None else [values[i] for i in ids]
 
@@ -261,6 +293,7 @@ def batch(self:ImageSet,
     "Pictures `ids` as a tensor `(B, C, *spatial)` in the stored type, with all that is known about them."
     import torch
     ids = _index(ids)
+    _fetch(self.images, ids)
     images = _take(self.images, ids) if isinstance(self.images, list) else self.images[ids]
     sizes = {x.shape for x in images} if isinstance(images, list) else ()
     require(len(sizes) < 2, f"pictures {ids.tolist()[:4]}... differ in size {sorted(sizes)[:2]}: load the set with one size")

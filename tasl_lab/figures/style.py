@@ -237,4 +237,4 @@ def preview(
         with tempfile.TemporaryDirectory() as folder:
             data = to_png(fig, Path(folder) / "figure.png", width).read_bytes()
     except InputError: return alt(fig)
-    return Image.open(io.BytesIO(data)).convert("RGB").quantize(colors)
+    return Image.open(io.BytesIO(data)).convert("RGB").quantize(colors, method=Image.Quantize.FASTOCTREE)  # the default mixes rare hues

@@ -165,7 +165,7 @@ class Decide(Panel):
         folder = None if isinstance(self.what, dict) else Path(self.place(view) or self.what)
         record = next(iter(sorted(folder.rglob("matrix.json"))), None) if folder and folder.is_dir() else None
         wish = wish_of(self.session) if self.session else {}
-        return command_of(view, wish, json.loads(record.read_text()) if record else None)
+        return command_of(view, wish, json.loads(record.read_text(encoding="utf-8")) if record else None)
 
     def absent(self, view: str) -> str:
         "One line for a view without a table."
@@ -181,7 +181,7 @@ def figure(self:Decide, view=None):
     require(view in self.views, lambda: self.absent(view))
     place = self.place(view)
     beside = Path(place).with_name(f"{VIEWS[view][0]}.json") if place.endswith(".parquet") else None
-    more = json.loads(beside.read_text()) if beside and beside.is_file() else {}
+    more = json.loads(beside.read_text(encoding="utf-8")) if beside and beside.is_file() else {}
     try: return VIEWS[view][2](self.table(view), self.against, more)
     except InputError: raise
     except (KeyError, ValueError, TypeError) as e: raise InputError(f"{place or view}: this table cannot be drawn as {view} ({e}): choose another") from e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'SHOWN', 'Source', 'untrained', 'offered', 'sources_of', 'outline_of', 'enlargement', 'thumbnails',
-           'over_slice', 'facts', 'several', 'counted', 'groups_of', 'unlassoed', 'Maps', 'Explore', 'viewers']
+           'over_slice', 'facts', 'several', 'counted', 'groups_of', 'LiveMaps', 'Maps', 'Explore', 'viewers']
 
 # %% ../../nbs/09_lab/04_explore.ipynb #c04fb640
 import threading
@@ -171,10 +171,44 @@ def groups_of(
     names, counts = np.unique(values, return_counts=True)
     return {f"{names[i]} ({counts[i]:,})": np.flatnonzero(values == names[i]) for i in np.argsort(-counts, kind="stable")[:most]}
 
+# %% ../../nbs/09_lab/04_explore.ipynb #2718aad8
+import plotly.graph_objects as go
+from plotly.serializers import custom_serializers
+from traitlets import Dict, observe
 
-def unlassoed(fig) -> None:
-    "Take the line of a lasso away: while it is there, the page chooses by it and by nothing else. Python does not know of it, so this is sent as it is."
-    if hasattr(fig, "_send_relayout_msg"): fig._send_relayout_msg({"selections": []})
+# %% ../../nbs/09_lab/04_explore.ipynb #5080b4f3
+class LiveMaps(go.FigureWidget):
+    "A figure that hands on what the mouse does; `acts` holds `{event: act(trace, places)}`."
+    acts, whole = {}, False
+    _js2py_pointsCallback = Dict(allow_none=True).tag(sync=True, echo_update=False, **custom_serializers)  # what the page has said need not go back to it
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.whole = True
+        self.open()
+
+    def open(self):
+        "Tell the page of the figure once it has its points: a page that loads for more than two seconds does not get what comes in messages of their own."
+        if self.whole: super().open()
+
+    @observe("_js2py_pointsCallback")
+    def _handler_js2py_pointsCallback(self, change):
+        "An event of the page; a lasso around nothing has no trace."
+        if not change["new"]: return
+        act, points = self.acts.get(change["new"]["event_type"]), change["new"]["points"]
+        traces = points["trace_indexes"]
+        trace = traces[0] if traces else None
+        try: act and act(trace, [i for i, t in zip(points["point_indexes"], traces) if t == trace])
+        finally: self._js2py_pointsCallback = None
+
+    def choose(self,
+        chosen: dict,  # {trace: places, or None for no choice}
+    ):
+        """Choose points, in one message, and take the line of a lasso away: while it is there, the page chooses by it and by nothing else. Python
+        knows neither of the line nor of what the page has chosen, so all of it is sent."""
+        style, traces = {"selectedpoints": list(chosen.values())}, list(chosen)
+        self._perform_plotly_update(style, {}, traces)
+        self._send_update_msg(style, {"selections": []}, traces)
 
 # %% ../../nbs/09_lab/04_explore.ipynb #0d30c04a
 class Maps(Panel):
@@ -229,19 +263,18 @@ def _make(self:Maps):
 @patch
 def _alive(self:Maps, fig):
     "A figure that hears the mouse."
-    import plotly.graph_objects as go
-    live = go.FigureWidget(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
-    for i, k in enumerate(self.maps):
-        live.data[2 * i].on_selection(lambda trace, points, _, k=k: self._lassoed(k, points.point_inds))
-        live.data[2 * i].on_hover(lambda trace, points, _, k=k: self._hovered(k, points.point_inds))
-        live.data[2 * i].on_click(lambda trace, points, _, k=k: points.point_inds and self.peek(k, points.point_inds[0]))
+    live = LiveMaps(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
+    own = {2 * i: k for i, k in enumerate(self.maps)}  # every other trace holds rings
+    live.acts = {"plotly_selected": lambda trace, places: self._lassoed(own.get(trace), places),
+                 "plotly_hover": lambda trace, places: trace in own and self._hovered(own[trace], places),
+                 "plotly_click": lambda trace, places: trace in own and self.peek(own[trace], places[0])}
     return live
 
 
 @patch
 def _lassoed(self:Maps, k, points):
-    "The end of a lasso; the page answers it with an empty selection, which would pale all points."
-    if not points: return self._relink()
+    "The end of a lasso; the page answers to its line's going with an empty selection, which would pale all points."
+    if k is None or not points: return self._relink()
     self.controls["group"].value = None
     self.pick(k, points)
 
@@ -260,16 +293,16 @@ def _change(self:Maps):
 @patch
 def _link(self:Maps, linked: dict):
     "Choose points on the maps: {trace: places, or None for no choice}."
-    self.linked = linked
-    unlassoed(self.figure)
+    self.linked = {k: None if places is None else [int(i) for i in places] for k, places in linked.items()}
     self._relink()
 
 
 @patch
 def _relink(self:Maps):
     "Choose once more what is chosen."
-    with self._change():
-        for k, chosen in self.linked.items(): self.figure.data[k].selectedpoints = chosen
+    if not self.linked: return
+    if self.live: return self.figure.choose(self.linked)
+    for k, chosen in self.linked.items(): self.figure.data[k].selectedpoints = chosen
 
 
 @patch
@@ -520,8 +553,10 @@ def _draw_point(self:Explore):
 
 @patch
 def _hovered(self:Explore, panel, points):
-    "Pointing without a click, four times a second at most."
-    if len(points) and time.monotonic() - self.last > .25: self.point(panel, points[0])
+    "Pointing without a click, with a quarter of a second's rest between two answers: a lasso that follows must not wait for a queue of them."
+    if not len(points) or time.monotonic() - self.last < .25: return
+    self.point(panel, points[0])
+    self.last = time.monotonic()
 
 # %% ../../nbs/09_lab/04_explore.ipynb #e78615ea
 @patch

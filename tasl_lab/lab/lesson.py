@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import PretrainConfig
-from ..core import InputError, read_json, require, write_json
+from ..core import InputError, read_json, require
 from ..data.imageset import ImageSet
 from .session import Session, framed, is_live, said
 
@@ -198,17 +198,15 @@ def records() -> Path:
     return beside if beside.is_dir() else package / "recorded"
 
 
-def _about(data) -> dict: return {"name": data.info.name, "pictures": len(data), "size": list(data.spatial)}
-
-
 def recorded_run(
     config: PretrainConfig,
     data: ImageSet,
 ) -> "Path|None":
-    "The recorded run of this configuration on these pictures, if there is one."
+    "The recorded run of this configuration on these pictures, if there is one; rounding may differ between the machines."
+    from tasl_lab.training import is_set_of
     for path in sorted(records().glob("*/run.json")):
         run = read_json(path)
-        if PretrainConfig.of(**run["config"]) == config and _about(data).items() <= run["data"].items(): return path.parent
+        if PretrainConfig.of(**run["config"]) == config and is_set_of(run["data"], data): return path.parent
     return None
 
 
@@ -266,6 +264,5 @@ def record(
     for name in ("metrics.parquet", "probes.json"): shutil.copy(job.folder / name, folder / name)
     _halved(job.folder / "encoder.safetensors", folder / "encoder.safetensors")
     if whole: _halved(job.folder / "objective.safetensors", folder / "objective.safetensors", "encoder.")
-    run = read_json(job.folder / "run.json")
-    write_json(folder / "run.json", run | {"data": run["data"] | _about(data)})
+    shutil.copy(job.folder / "run.json", folder / "run.json")
     return folder

@@ -16,15 +16,28 @@ from torch import nn
 from ..encoders import unfold
 
 # %% ../../nbs/04_objectives/02_heads.ipynb #a5983899
+class _Gather(torch.autograd.Function):
+    "Rows of all processes; backward, each row gets the sum of the gradients that all processes have for it."
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, z.contiguous())
+        ctx.rows = len(z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(grad)
+        return grad.split(ctx.rows)[torch.distributed.get_rank()]
+
+
 def gather(
     z,  # (B, ...) of this process
 ):
     "Rows of all processes, (world*B, ...), gradients included; `z` itself where there is one process."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return z
-    from torch.distributed.nn.functional import all_gather
-    every = torch.cat(all_gather(z))
-    if every.requires_grad: every.register_hook(lambda g: g.contiguous())  # its backward misplaces values of a permuted gradient
-    return every
+    return _Gather.apply(z)
 
 
 def average(

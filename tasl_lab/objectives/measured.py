@@ -19,7 +19,7 @@ FILE = Path(__file__).with_name("measured.json") if "__file__" in globals() else
 @cache
 def measured() -> dict:
     "id -> {data, encoder, seeds, steps, tasks: {task: ...}, factors: {factor: ...}, note}; `random:<encoder>` holds the controls."
-    return json.loads(FILE.read_text()) if FILE.is_file() else {}
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
 
 
 def findings(
