@@ -70,7 +70,10 @@ def lasso(page, plot, share=.8) -> float:
     corners = [(a, b), (box["width"] - a, b), (box["width"] - a, box["height"] - b), (a, box["height"] - b), (a, b + 4)]
     page.mouse.move(box["x"] + corners[0][0], box["y"] + corners[0][1])
     page.mouse.down()
-    for x, y in corners[1:]: page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+    for (x0, y0), (x, y) in zip(corners, corners[1:]):
+        for k in range(1, 5):
+            page.mouse.move(box["x"] + x0 + (x - x0) * k / 4, box["y"] + y0 + (y - y0) * k / 4)
+            page.wait_for_timeout(50)  # as a hand draws it: in about a second
     page.mouse.up()
     return time.monotonic()
 
