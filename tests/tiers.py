@@ -44,7 +44,7 @@ TIERS = {
         Stage("lessons", f"{NBTEST} 600 nbs/lessons", 230),
         Stage("experiments", f"{NBTEST} 600 nbs/experiments", 330),
         Stage("docs", "python .ci/docs.py build", 120),
-        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1070),
+        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1150),
     ],
     "full": [
         Stage("full pytest", f"{PYTEST} -m full --timeout=0", 3 * 3600),

@@ -79,7 +79,7 @@ def _points(xy, look, panel):
     xy = np.asarray(xy, np.float32)
     marker = dict(color=look.color[panel], symbol=look.symbol[panel], coloraxis="coloraxis", size=7 if len(xy) < 3000 else 4, line=dict(width=0), opacity=.85)
     return go.Scattergl(x=xy[:, 0], y=xy[:, 1], mode="markers", name=safe(panel), showlegend=False, hoverinfo="none", marker=marker,
-                        selected=dict(marker=dict(opacity=1)), unselected=dict(marker=dict(opacity=.15)))
+                        selected=dict(marker=dict(opacity=.85)), unselected=dict(marker=dict(opacity=.15)))
 
 
 def _rings():

@@ -263,8 +263,9 @@ def _make(self:Maps):
 @patch
 def _alive(self:Maps, fig):
     "A figure that hears the mouse."
-    live = LiveMaps(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
     own = {2 * i: k for i, k in enumerate(self.maps)}  # every other trace holds rings
+    for i in own: fig.data[i].selectedpoints = list(range(len(fig.data[i].x)))  # what draws a choice is built with the page, not at the first lasso
+    live = LiveMaps(fig.update_layout(autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"))
     live.acts = {"plotly_selected": lambda trace, places: self._lassoed(own.get(trace), places),
                  "plotly_hover": lambda trace, places: trace in own and self._hovered(own[trace], places),
                  "plotly_click": lambda trace, places: trace in own and self.peek(own[trace], places[0])}
