@@ -214,7 +214,8 @@ class Choose(Panel):
         if config is not None: session.config = config
         session.task, self.quiet, self.wish, self.maker, self.made = task or session.task, False, 0, None, []
         self.name, self.own = annotation_of(session.data, self.task) if self.task else ("", np.zeros((len(session.data), *session.data.spatial), np.uint8))
-        self.index = next((int(i) for i in session.data.ids("train") if self.own[i].any()), 0)
+        train = session.data.ids("train").tolist()
+        self.index = next((i for i in train if self.own[i].any()), train[0] if train else 0)
 
     @property
     def task(self) -> str: return self.session.task

@@ -800,5 +800,6 @@ def _extras(self:Explore):
     every = lambda: f"All {len(self.ids):,} pictures by two principal components. Colour shows {coloured()}."
     turned = lambda: f"{facts(self.data, self.seen)}: from all sides{f', {self.outline} laid over it' if self.outline else ''}."
     many = len(self.ids) > len(self.maps["pictures"].rows)
-    return [*[button("All points", "Every picture on one map, by jupyter-scatter", self.all_points, every)] * many,
-            *[button("Volume", "The volume that is looked at, by ipyniivue", self.volume, turned)] * (self.data.dims == 3)]
+    offers = {"All points": (many, "Every picture on one map, by jupyter-scatter", self.all_points, every),
+              "Volume": (self.data.dims == 3, "The volume that is looked at, by ipyniivue", self.volume, turned)}
+    return [button(name, *rest) for name, (there, *rest) in offers.items() if there]
