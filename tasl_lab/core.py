@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'require', 'seed_of', 'rng', 'torch_rng', 'fingerprint', 'write_atomic', 'write_json', 'read_json',
-           'without', 'pick_device', 'pick_precision', 'autocast']
+           'cache_folder', 'without', 'pick_device', 'pick_precision', 'autocast']
 
 # %% ../nbs/00_core.ipynb #efa15938
 import hashlib
@@ -131,6 +131,14 @@ def read_json(path) -> object:
     require(Path(path).is_file(), f"{path}: no such file")
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise InputError(f"{path}: not valid JSON ({e})") from e
+
+
+def cache_folder(
+    part: str,  # what is kept there
+) -> Path:
+    "A folder for what can be made again: in `$TASL_CACHE`, or in the user's cache folder."
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TASL_CACHE") or Path(home) / "tasl_lab") / part
 
 # %% ../nbs/00_core.ipynb #5bedf4fe
 @contextmanager

@@ -112,7 +112,8 @@ def moved(widget):
     if hasattr(widget, "click"): return widget.click()
     options = [o[1] if isinstance(o, tuple) else o for o in getattr(widget, "options", ())]
     if type(widget).__name__ == "SelectMultiple": widget.value = options[:2]
-    elif options and type(widget).__name__ != "Combobox": widget.value = options[(options.index(widget.value) + 1) % len(options) if widget.value in options else 0]
+    elif options and type(widget).__name__ != "Combobox":
+        widget.value = options[options.index(widget.value) + 1 - len(options) if widget.value in options else 0]
     elif isinstance(widget.value, bool): widget.value = not widget.value
     elif isinstance(widget.value, (int, float)):
         widget.value = min(getattr(widget, "max", 1e9), widget.value + getattr(widget, "step", 1) or 1)

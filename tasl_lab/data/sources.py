@@ -6,11 +6,12 @@
 __all__ = ['UNSEEN', 'SAMPLES', 'load', 'build_samples', 'sample']
 
 # %% ../../nbs/01_data/04_sources.ipynb #2202be67
+import os
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import require, rng, write_atomic
+from ..core import cache_folder, require, rng, write_atomic
 from .brain import LICENCE, brain
 from .decathlon import decathlon
 from .folders import TABLES
@@ -23,7 +24,13 @@ from .readers import suffix_of
 def _from_path(path, size, errors):
     "What lies at a path: a set saved by `ImageSet.save`, a table, a COCO file, or a folder of files."
     if (path / "arrays.npz").is_file(): return ImageSet.load(path)
-    return (ImageSet.from_manifest if suffix_of(path) in TABLES else ImageSet.from_folder)(path, size, errors=errors, cut="axial")
+    return (ImageSet.from_manifest if suffix_of(path) in TABLES else ImageSet.from_folder)(path, size, errors=errors, cut="axial", **_kept())
+
+
+def _kept() -> dict:
+    "Where `$TASL_MEMORY` says how much memory pictures may take, they are kept in a file, and what is larger is read from there."
+    memory = os.environ.get("TASL_MEMORY")
+    return {"cache": cache_folder("pictures"), "memory": memory} if memory else {}
 
 
 UNSEEN = ("east", .75, .045, 1.2)  # a scanner darker, noisier and less sharp than those of any preset: name, gain, noise, blur
@@ -44,7 +51,7 @@ def _check_path(name):
 
 
 _DOORS = {"folder": lambda path, size, errors: _from_path(Path(path), size, errors),
-          "manifest": lambda path, size, errors: ImageSet.from_manifest(path, size, errors=errors, cut="axial")}
+          "manifest": lambda path, size, errors: ImageSet.from_manifest(path, size, errors=errors, cut="axial", **_kept())}
 
 
 _PUBLIC = {"medmnist": lambda name, size, seed, n, errors: medmnist(name, size, n, seed),
