@@ -41,10 +41,10 @@ TIERS = {
     ],
     "slow": [
         Stage("guide", f"{NBTEST} 600 nbs/guide", 50),
-        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 230),
+        Stage("lessons", f"{NBTEST} 600 nbs/lessons", 180),
         Stage("experiments", f"{NBTEST} 600 nbs/experiments", 330),
         Stage("docs", "python .ci/docs.py build", 120),
-        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1150),
+        Stage("slow pytest", f"{PYTEST} -m slow --timeout=900", 1120),
     ],
     "full": [
         Stage("full pytest", f"{PYTEST} -m full --timeout=0", 3 * 3600),
