@@ -150,8 +150,8 @@ def _recolor(x, p, spec, noise):
     "Stain, gamma, gain, offset, colour and noise on the scale of `to_float` (-2..2)."
     wide = lambda t: t.to(x.device).reshape(len(x), -1, *[1] * (x.ndim - 2))
     if spec.stain: x = _restain(x, p["stain"])
-    if spec.gamma: x = ((x + 2) / 4).clamp_(0, 1).log2_().mul_(wide(p["gamma"])).exp2_().mul_(4).sub_(2)  # half the time of a power
-    if spec.contrast or spec.brightness or spec.color: x = x * (wide(p["gain"]) * wide(p["color"])) + wide(p["offset"])
+    if spec.gamma: x = ((x + 2) / 4).clamp(0, 1) ** wide(p["gamma"]) * 4 - 2
+    if spec.contrast or spec.brightness or spec.color: x = x * wide(p["gain"]) * wide(p["color"]) + wide(p["offset"])
     if spec.noise: x = x + noise.to(x.device) * (4 * spec.noise)
     return x
 
