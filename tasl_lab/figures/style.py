@@ -94,7 +94,8 @@ _AXIS = dict(gridcolor=PALE, zerolinecolor="#9CA3AF", linecolor="#9CA3AF", showl
              automargin=True, title=dict(standoff=10, font=dict(size=14)), tickfont=dict(size=13))
 TEMPLATE = go.layout.Template(layout=dict(
     font=FONT, paper_bgcolor="white", plot_bgcolor="white", colorway=_HUES, xaxis=_AXIS, yaxis=_AXIS, hoverlabel=dict(font=dict(size=13)),
-    legend=dict(font=dict(size=13), bgcolor="rgba(255,255,255,0)"), annotationdefaults=dict(font=dict(size=13), showarrow=False)))
+    legend=dict(font=dict(size=13), bgcolor="rgba(255,255,255,0)"), annotationdefaults=dict(font=dict(size=13), showarrow=False),
+    modebar=dict(remove=["sendChartToCloud"])))  # no button that uploads a figure
 
 # %% ../../nbs/08_figures/00_style.ipynb #092808ba
 def apply(
