@@ -30,7 +30,7 @@ import torch
 
 from .config import PretrainConfig
 from .core import InputError, autocast, pick_device, pick_precision, read_json, require, rng, write_atomic, write_json
-from .data.imageset import ImageSet
+from .data.imageset import Batch, ImageSet
 from .encoders import make_encoder
 from .objectives.base import Plan
 from .objectives.collapse import collapse_note, readings
@@ -263,6 +263,12 @@ class State:
         return flat | {f"seconds:{k}": v for k, v in self.phases.items()} | {f"part:{k}": v for k, v in self.parts.items()}
 
 
+def _laid_out(values, parameter):
+    "A gradient or a state in the order in memory of its parameter: the fused optimiser goes through them as they lie."
+    if values is None or values.shape != parameter.shape or values.stride() == parameter.stride(): return values
+    return torch.empty_like(parameter).copy_(values)
+
+
 class Diverged(RuntimeError):
     "The loss or its gradient is no longer a number; what was trained before is kept."
 
@@ -274,14 +280,14 @@ class Run:
         self.config, self.data, self.ranks = config, data, ranks
         self.device = ranks.accelerator.device if ranks.accelerator else pick_device(device)
         self.precision = pick_precision(config.precision, self.device, data.dims)
-        self.pool = data.ids("train")
+        self.unlabelled, self.pool = data.unlabelled(), data.ids("train")
         require(len(self.pool) > 0, f"set {data.info.name!r} has no picture in split 'train': pre-training uses no other")
         size = {"size": max(data.spatial)} if config.encoder.startswith("vit") else {}
         encoder = make_encoder(config.encoder, data.channels, data.dims, config.seed, **size).to(self.device)
-        columns = tuple(c for c in data.table if not c.startswith("factor:"))
-        plan = Plan(config.steps, config.batch // ranks.world, config.seed, tuple(data.spatial), ranks.rank, ranks.world, columns, config.policy)
+        plan = Plan(config.steps, config.batch // ranks.world, config.seed, tuple(data.spatial), ranks.rank, ranks.world,
+                    tuple(self.unlabelled.table), config.policy)
         self.objective = make(config.objective, encoder, data.info, plan, config.options, config.balance).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.objective.param_groups(), lr=config.rate, weight_decay=config.weight_decay, betas=(.9, .95))
+        self.optimizer = torch.optim.AdamW(self.objective.param_groups(), lr=config.rate, weight_decay=config.weight_decay, betas=(.9, .95), fused=True)
         self.module = ranks.wrap(self.objective)  # itself, or behind what averages its gradients
         self.first, self.note = {}, ""  # readings of the first step, and what the last ones say
         self.meter = Meter(self.device)
@@ -289,11 +295,15 @@ class Run:
     @property
     def encoder(self): return self.objective.encoder
 
+    def batch(self, step: int) -> Batch:
+        "This process's share of the pictures of `step`, without truth."
+        return self.unlabelled.batch(self.ranks.share(batch_ids(self.pool, self.config.batch, self.config.seed, step)))
+
     def step(self, step: int) -> State:
         "One optimiser step."
         c, meter = self.config, self.meter
         meter("data")
-        batch = self.data.batch(self.ranks.share(batch_ids(self.pool, c.batch, c.seed, step))).unlabelled()
+        batch = self.batch(step)
         meter("views")
         views = self.objective.views(batch, step)
         meter("forward")
@@ -318,7 +328,9 @@ class Run:
         if not math.isfinite(total + norm):
             raise Diverged(f"{c.objective}: loss {total} and gradient norm {norm} at step {step}: lower the learning rate {c.rate:g} or use precision fp32")
         parts = dict(zip(loss.parts, parts)) | seen
-        for group in self.optimizer.param_groups: group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            for p in group["params"]: p.grad = _laid_out(p.grad, p)
         self.optimizer.step()
         self.objective.after_step(step / c.steps)
         return State(step + 1, (step + 1) * c.batch, self.objective.memo.pictures * self.ranks.world, total, parts, rate, norm, 0., self.note)
@@ -365,11 +377,11 @@ def load_checkpoint(
     require(same, f"{path}: belongs to another configuration: choose another folder or delete it")
     require(header["data"] == run.data.sha256, f"{path}: was trained on another set than {run.data.info.name!r}: choose another folder or delete it")
     run.objective.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    states = {}
+    states, parameters = {}, [p for group in run.optimizer.param_groups for p in group["params"]]
     for k, v in tensors.items():
         if k.startswith("optimizer."):
             _, i, name = k.split(".", 2)
-            states.setdefault(int(i), {})[name] = v
+            states.setdefault(int(i), {})[name] = _laid_out(v, parameters[int(i)])
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": states})
     return int(header["step"]), float(header["seconds"])
 

@@ -34,7 +34,7 @@ from ..objectives.collapse import collapse_note, readings
 from ..resources import Meter
 from ..tasks.features import extract
 from ..tasks.registry import STATISTICS, make_task
-from ..training import Diverged, Run, batch_ids, execute, load_checkpoint, load_encoder, pretrain, read_weights
+from ..training import Diverged, Run, execute, load_checkpoint, load_encoder, pretrain, read_weights
 
 # %% ../../nbs/07_alignment/08_gate.ipynb #c3cdb6de
 EVERY = 50   # steps between checkpoints
@@ -151,7 +151,7 @@ def collapse_at(
 ) -> str:
     "What the collapse watch says of the run as it stands; empty where all is well."
     c = run.config
-    views = run.objective.views(run.data.batch(batch_ids(run.pool, c.batch, c.seed, step)).unlabelled(), step)
+    views = run.objective.views(run.batch(step), step)
     with autocast(run.device, run.precision): run.objective(views, step / c.steps)
     return collapse_note(first, readings(run.objective), c.batch)
 

@@ -6,6 +6,7 @@
 __all__ = ['MODALITIES', 'SPLITS', 'IGNORE', 'OUTLINES', 'Info', 'Batch', 'ImageSet']
 
 # %% ../../nbs/01_data/00_imageset.ipynb #f3ab150e
+import copy
 import mmap
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -156,6 +157,11 @@ def _check_table(table, n):
     return table
 
 # %% ../../nbs/01_data/00_imageset.ipynb #ad5b8a91
+def _told(table):
+    "What an objective may be told: the table without generating factors."
+    return table[[c for c in table if not c.startswith("factor:")]]
+
+
 @dataclass
 class Batch:
     "Some pictures of a set and what is known about them; `images` is a tensor `(B, C, *spatial)` in the stored type."
@@ -169,7 +175,7 @@ class Batch:
 
     def unlabelled(self) -> "Batch":
         "The same pictures without truth: no labels, masks, boxes, targets or generating factors."
-        return Batch(self.images, self.ids, self.table[[c for c in self.table if not c.startswith("factor:")]])
+        return Batch(self.images, self.ids, _told(self.table))
 
 # %% ../../nbs/01_data/00_imageset.ipynb #e75522ca
 class ImageSet:
@@ -200,6 +206,13 @@ class ImageSet:
         require(len(boxes) == len(self), f"boxes has {len(boxes)} entries for {len(self)} pictures: one entry per picture, None where not annotated")
         require("boxes" in self.info.classes, 'boxes have no class names: give them in Info.classes["boxes"]')
         return [_check_box(i, b, np.array(self.images[i].shape[1:]), len(self.info.classes["boxes"])) for i, b in enumerate(boxes)]
+
+    def unlabelled(self) -> "ImageSet":
+        "The same pictures without truth, whose batches are `unlabelled` from the start: what nobody will look at is not fetched."
+        other = copy.copy(self)
+        other.__dict__.pop("sha256", None)
+        other.labels, other.masks, other.boxes, other.targets, other.table = {}, {}, None, {}, _told(self.table)
+        return other
 
     def __len__(self) -> int: return len(self.images)
 
